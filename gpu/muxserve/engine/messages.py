@@ -1,0 +1,169 @@
+"""Messages between a worker and its executors: msgspec structs, msgpack, one per SOCK_SEQPACKET datagram.
+
+Executors keep no state of a sequence: jobs name slots and positions, tokens and KV are in memory that both
+sides map. So a restarted executor needs `AttachArena` and `AddModel` and nothing else.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from muxserve.engine.spec import KVLayout, ModelSpec
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token of one sequence is chosen. Ranges are checked by the gateway."""
+
+    temperature: float = 1.0
+    """0 = greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 = off."""
+    min_p: float = 0.0
+    seed: int = 0
+    """uint64; with the position it is the key of the random number."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    prompt_length: int = 0
+    """Tokens of the client's prompt: penalties on output tokens count positions from here on."""
+    logprobs: int = -1
+    """-1 = none, 0 = of the chosen token, k = and of the k most likely ones."""
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one tensor lies in a model's weight memory."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Byte offset, a multiple of 64."""
+
+
+class AttachArena(msgspec.Struct, frozen=True, tag=True):
+    """First message. One file descriptor comes with it: the arena."""
+
+    block_bytes: int
+    blocks: int
+    cuda_handle: bytes = b""
+    """A cudaIpcMemHandle instead of the descriptor, on a GPU."""
+
+
+class AddModel(msgspec.Struct, frozen=True, tag=True):
+    """Two file descriptors come with it: weights, then tables."""
+
+    model: str
+    spec: ModelSpec
+    layout: KVLayout
+    slots: int
+    weights: tuple[TensorEntry, ...]
+
+
+class RemoveModel(msgspec.Struct, frozen=True, tag=True):
+    model: str
+
+
+class PrefillChunk(msgspec.Struct, frozen=True):
+    """Tokens `[start, end)` of `slot`. `sampling` is given for the chunk that ends the known tokens: the token at
+    position `end` is then sampled and written to the token table."""
+
+    slot: int
+    start: int
+    end: int
+    limit: int
+    """Sequence length at which it finishes with LENGTH."""
+    sampling: Sampling | None = None
+
+
+class PrefillJob(msgspec.Struct, frozen=True, tag=True):
+    job: int
+    model: str
+    chunks: tuple[PrefillChunk, ...]
+    threads: int
+
+
+class DecodeRow(msgspec.Struct, frozen=True):
+    """`length` tokens of `slot` are known, KV of `length - 1` of them is written."""
+
+    slot: int
+    length: int
+    limit: int
+    sampling: Sampling
+
+
+class DecodeJob(msgspec.Struct, frozen=True, tag=True):
+    """Up to `steps` steps. A row that finishes leaves the batch; the others go on."""
+
+    job: int
+    model: str
+    rows: tuple[DecodeRow, ...]
+    steps: int
+    threads: int
+
+
+class EndLease(msgspec.Struct, frozen=True, tag=True):
+    """End that decode job after the step that is running."""
+
+    job: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+Command = AttachArena | AddModel | RemoveModel | PrefillJob | DecodeJob | EndLease | Shutdown
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Natural logarithms under the model's own distribution (before penalties, temperature and filters)."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+UNFINISHED, STOP, LENGTH = 0, 1, 2
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The executor has mapped the arena and takes jobs."""
+
+    pid: int
+    device: str
+    partition: str
+    """Partition backend chosen at start: "threads", "none", "green_contexts", "mps"."""
+
+
+class ModelAdded(msgspec.Struct, frozen=True, tag=True):
+    model: str
+    error: str = ""
+
+
+class ModelRemoved(msgspec.Struct, frozen=True, tag=True):
+    model: str
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """Tokens of one decode step, or of the sequences whose prompt a prefill job ended. Parallel arrays."""
+
+    job: int
+    slots: tuple[int, ...]
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...]
+    finished: tuple[int, ...]
+    """UNFINISHED, STOP or LENGTH."""
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """Empty if no row asked."""
+
+
+class JobDone(msgspec.Struct, frozen=True, tag=True):
+    job: int
+    steps: int
+    seconds: float
+    error: str = ""
+    """Not empty: the job failed for a reason of its own (the executor lives on)."""
+
+
+Report = Ready | ModelAdded | ModelRemoved | Step | JobDone
