@@ -34,7 +34,9 @@ def configure_logs(name: str, level: str = "info") -> None:
     """Structured logs on stderr: for people on a terminal, one JSON object a line elsewhere."""
     terminal = sys.stderr.isatty()
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if terminal
+        else structlog.processors.JSONRenderer()
     )
     structlog.configure(
         processors=[
