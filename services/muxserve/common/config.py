@@ -1,0 +1,126 @@
+"""A deployment on one machine, as `muxserve up` reads it from flags, environment and a YAML file.
+
+models:
+  - {name: chat, path: models/chat.gguf, dtype: bfloat16}
+  - {name: code, path: models/code, rate: 2.5}
+arena: 2GiB
+cores: 8
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from muxserve.common.settings import ENV_PREFIX, Bytes, Problem, SettingsError, read_settings
+from muxserve.v1 import common_pb2
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class ModelEntry(BaseModel):
+    """A model to serve."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._/:-]+$")
+    """Name in requests, unique."""
+    path: str = Field(min_length=1)
+    """Hugging Face directory or GGUF file, as gateway and workers see it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and KV. "auto": the checkpoint's own; bfloat16 for GGUF and float16."""
+    quota_blocks: int = Field(0, ge=0)
+    """Blocks that the model may hold without borrowing. 0: a share computed by the scheduler."""
+    rate: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Expected arrivals, requests per second: weighs the initial quota. 0: unknown."""
+    max_context: int = Field(0, ge=0, le=2**32 - 1)
+    """Serve a shorter context than the checkpoint allows, in tokens. 0: the checkpoint's own."""
+
+    def to_proto(self) -> common_pb2.ModelConfig:
+        """As in RPCs and in the placement document."""
+        return common_pb2.ModelConfig(**self.model_dump())
+
+
+def _unique_names(models: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
+    names = [model.name for model in models]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f'two models named "{repeated[0]}"')
+    return models
+
+
+Models = Annotated[tuple[ModelEntry, ...], AfterValidator(_unique_names)]
+"""Models with unique names."""
+
+PolicyName = Literal["adbs", "fcfs"]
+
+
+class DeploymentConfig(BaseSettings):
+    """All services on one machine."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    models: Models = Field(min_length=1)
+    """What to serve. Relative paths in a file are relative to the file."""
+    arena: Bytes = Field(512 * 2**20, validate_default=True)
+    """Size of each worker's arena of KV blocks."""
+    block_bytes: Bytes | None = None
+    """Size of a block. Absent: the worker's default."""
+    cores: int | None = Field(None, ge=1)
+    """Cores to compute with, split evenly over the workers. Absent: all that this process may use."""
+    workers: int = Field(1, ge=1, le=64)
+    """Worker processes, each with an arena of its own."""
+    policy: PolicyName = "adbs"
+    """How the scheduler shares a unit among its models."""
+    port: int = Field(8600, ge=0, le=65535)
+    """Port of the gateway; 0 is any free one."""
+    admin_port: int = Field(8601, ge=0, le=65535)
+    """Port of the placement service (AdminService); 0 is any free one."""
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address on which gateway and placement listen."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level that services log."""
+
+
+def read_deployment(flags: dict[str, Any], file: Path | None) -> DeploymentConfig:
+    """The deployment from flags, environment and `file`; model paths are absolute. Raises SettingsError."""
+    config = read_settings(DeploymentConfig, flags, file)
+    base = file.parent if file and "models" not in flags else Path()
+    models = tuple(
+        model.model_copy(update={"path": os.path.abspath(base / Path(model.path).expanduser())})
+        for model in config.models
+    )
+    return config.model_copy(update={"models": models})
+
+
+_OPTIONS = tuple(name for name in ModelEntry.model_fields if name not in ("name", "path"))
+
+
+def parse_models(flags: Sequence[str]) -> list[dict[str, str]]:
+    """`NAME=PATH[,option=value...]` of each `--model` flag, as raw values for `DeploymentConfig.models`.
+
+    Options are those of ModelEntry; a comma that no option follows belongs to the path. Raises SettingsError.
+    """
+    return [_parse_model(flag) for flag in flags]
+
+
+def _parse_model(flag: str) -> dict[str, str]:
+    name, equals, rest = flag.partition("=")
+    if not (equals and name and rest):
+        raise SettingsError(
+            [Problem("model", f"expected NAME=PATH[,option=value...], got {flag!r}", "--model")]
+        )
+    options: dict[str, str] = {}
+    while "," in rest:
+        head, _, tail = rest.rpartition(",")
+        option, equals, value = tail.partition("=")
+        if equals and option not in _OPTIONS:
+            known = ", ".join(_OPTIONS)
+            reason = f'no option "{option}" for model "{name}" (there are {known})'
+            raise SettingsError([Problem(f"model.{option}", reason, "--model")])
+        if not equals:
+            break
+        options.setdefault(option, value)
+        rest = head
+    return {"name": name, "path": rest, **options}

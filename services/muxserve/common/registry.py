@@ -1,0 +1,96 @@
+"""Who is alive: each process keeps an entry with a time to live in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+from muxserve.common import keys
+from muxserve.common.errors import Unavailable
+from muxserve.common.store import redis_errors
+from muxserve.v1 import admin_pb2
+from redis.asyncio import Redis
+
+log = structlog.get_logger(__name__)
+
+HEARTBEAT = 1.0
+"""Seconds between announcements."""
+
+TTL = 3.0
+"""Seconds that an entry outlives its last announcement."""
+
+# KEYS: entry, index. ARGV: incarnation, id. A successor under the same id keeps its entry.
+_WITHDRAW = """
+local entry = redis.call('GET', KEYS[1])
+if entry and not string.find(entry, ARGV[1], 1, true) then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('SREM', KEYS[2], ARGV[2])
+return 1
+"""
+
+
+class Registry:
+    """The registry in Redis. Every method but `keep` raises Unavailable while Redis is away."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._withdraw = redis.register_script(_WITHDRAW)
+
+    async def announce(self, entry: admin_pb2.ServiceEntry) -> None:
+        """Write `entry` once; it lives for TTL seconds."""
+        with redis_errors("announcing a service"):
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.sadd(keys.services(entry.kind), entry.id)
+                pipe.set(keys.service(entry.kind, entry.id), entry.SerializeToString(), px=round(TTL * 1000))
+                await pipe.execute()
+
+    async def withdraw(self, entry: admin_pb2.ServiceEntry) -> None:
+        """Delete `entry`, unless another incarnation has taken its place."""
+        with redis_errors("withdrawing a service"):
+            await self._withdraw(
+                keys=[keys.service(entry.kind, entry.id), keys.services(entry.kind)],
+                args=[entry.incarnation, entry.id],
+            )
+
+    @asynccontextmanager
+    async def keep(self, entry: admin_pb2.ServiceEntry) -> AsyncIterator[None]:
+        """Keep `entry` alive inside the block; withdrawn at its end. A Redis that is away is waited for."""
+        heartbeat = asyncio.create_task(self._beat(entry), name="registry-heartbeat")
+        try:
+            yield
+        finally:
+            heartbeat.cancel()
+            with suppress(asyncio.CancelledError):
+                await heartbeat
+            with suppress(Unavailable):
+                await self.withdraw(entry)
+
+    async def list(self, kind: str) -> list[admin_pb2.ServiceEntry]:
+        """Entries of `kind` that are alive, by id."""
+        with redis_errors("listing services"):
+            ids = sorted(await self._redis.smembers(keys.services(kind)))
+            if not ids:
+                return []
+            values = await self._redis.mget([keys.service(kind, each.decode()) for each in ids])
+            gone = [each for each, value in zip(ids, values, strict=True) if value is None]
+            if gone:
+                # One that comes back at this moment is put back by its next announcement.
+                await self._redis.srem(keys.services(kind), *gone)
+        return [admin_pb2.ServiceEntry.FromString(value) for value in values if value is not None]
+
+    async def _beat(self, entry: admin_pb2.ServiceEntry) -> None:
+        away = False
+        while True:
+            try:
+                await self.announce(entry)
+            except Unavailable as error:
+                if not away:
+                    log.warning("cannot announce this service; trying on", error=str(error))
+                away = True
+            else:
+                if away:
+                    log.info("announced again")
+                away = False
+            await asyncio.sleep(HEARTBEAT)
