@@ -1,0 +1,31 @@
+"""Fixtures that several test packages share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from muxserve.common.store import connect
+from redis.asyncio import Redis
+
+from tests.support.valkey import ValkeyProcess
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[ValkeyProcess]:
+    """A running Valkey of this test's own; `kill()` and `start()` again as you like."""
+    directory = tmp_path / "valkey"
+    directory.mkdir()
+    server = ValkeyProcess(directory)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def redis_client(valkey: ValkeyProcess) -> AsyncIterator[Redis]:
+    """A client of that server, closed after the test."""
+    client = connect(valkey.url)
+    yield client
+    await client.aclose()
