@@ -9,7 +9,6 @@ cores: 8
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -88,7 +87,7 @@ def read_deployment(flags: dict[str, Any], file: Path | None) -> DeploymentConfi
     config = read_settings(DeploymentConfig, flags, file)
     base = file.parent if file and "models" not in flags else Path()
     models = tuple(
-        model.model_copy(update={"path": os.path.abspath(base / Path(model.path).expanduser())})
+        model.model_copy(update={"path": str((base / Path(model.path).expanduser()).absolute())})
         for model in config.models
     )
     return config.model_copy(update={"models": models})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import cast
 
 import structlog
 from muxserve.common import keys
@@ -40,14 +41,14 @@ class PlacementStore:
     async def read(self) -> admin_pb2.Placement:
         """The newest placement; epoch 0 where there is none. Raises Unavailable while Redis is away."""
         with redis_errors("reading the placement"):
-            document = await self._redis.hget(keys.placement(), "document")
+            document = cast(bytes | None, await self._redis.hget(keys.placement(), "document"))
         return admin_pb2.Placement.FromString(document) if document else admin_pb2.Placement()
 
     async def compare_and_set(self, expected_epoch: int, placement: admin_pb2.Placement) -> bool:
         """Put `placement` in place of the one with `expected_epoch` (0: of none).
 
-        False: another epoch is in force, nothing was written. `placement.epoch` must be above `expected_epoch`
-        (ValueError). Raises Unavailable while Redis is away; the write may have happened then.
+        False: another epoch is in force, nothing was written. `placement.epoch` must be above
+        `expected_epoch` (ValueError). Raises Unavailable while Redis is away; the write may have happened then.
         """
         if placement.epoch <= expected_epoch:
             raise ValueError(f"epoch {placement.epoch} does not follow {expected_epoch}")
@@ -104,7 +105,7 @@ class QuotaStore:
     async def read(self, unit: str) -> admin_pb2.Quotas:
         """Quotas of `unit`; revision 0 where there are none. Raises Unavailable while Redis is away."""
         with redis_errors("reading quotas"):
-            fields = await self._redis.hgetall(keys.quotas(unit))
+            fields = cast(dict[bytes, bytes], await self._redis.hgetall(keys.quotas(unit)))
         blocks = {
             field.removeprefix(_MODEL).decode(): int(value)
             for field, value in fields.items()
@@ -116,7 +117,8 @@ class QuotaStore:
         """Put `quotas` in place of those with `expected_revision` (0: of none).
 
         False: another revision is in force, nothing was written. `quotas.revision` must be above
-        `expected_revision` (ValueError). Raises Unavailable while Redis is away; the write may have happened then.
+        `expected_revision` (ValueError). Raises Unavailable while Redis is away; the write may have happened
+        then.
         """
         if quotas.revision <= expected_revision:
             raise ValueError(f"revision {quotas.revision} does not follow {expected_revision}")

@@ -1,4 +1,4 @@
-"""Every Redis key of MuxServe, each with one builder and one owner. Nobody else writes to a key than its owner.
+"""Every Redis key of MuxServe, each with one builder and one owner: nobody else writes to it.
 
 Words in braces are Redis Cluster hash tags: keys that one script touches share a slot.
 """
@@ -24,8 +24,8 @@ def placement() -> str:
 
 
 def quotas(unit: str) -> str:
-    """Hash `revision` and one `model:<name>` field of blocks per model. Owners, by compare-and-set: the unit's
-    scheduler, and placement for an administrator."""
+    """Hash `revision` and one `model:<name>` field of blocks per model. Owners, by compare-and-set: the
+    unit's scheduler, and placement for an administrator."""
     return f"{PREFIX}:quotas:{unit}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import cast
 
 import structlog
 from muxserve.common import keys
@@ -70,10 +71,11 @@ class Registry:
     async def list(self, kind: str) -> list[admin_pb2.ServiceEntry]:
         """Entries of `kind` that are alive, by id."""
         with redis_errors("listing services"):
-            ids = sorted(await self._redis.smembers(keys.services(kind)))
+            ids = sorted(cast(set[bytes], await self._redis.smembers(keys.services(kind))))
             if not ids:
                 return []
-            values = await self._redis.mget([keys.service(kind, each.decode()) for each in ids])
+            entries = [keys.service(kind, each.decode()) for each in ids]
+            values = cast(list[bytes | None], await self._redis.mget(entries))
             gone = [each for each, value in zip(ids, values, strict=True) if value is None]
             if gone:
                 # One that comes back at this moment is put back by its next announcement.

@@ -21,8 +21,8 @@ RETRY_AFTER = 1.0
 def connect(url: str) -> Redis:
     """A client for `url` (redis://host:port/db). Connects on first use; values are bytes.
 
-    Nothing is retried inside: a command whose connection breaks may have run, and only its caller knows whether
-    running it twice is harmless. Connections found closed are replaced before use.
+    Nothing is retried inside: a command whose connection breaks may have run, and only its caller knows
+    whether running it twice is harmless. Connections found closed are replaced before use.
     """
     return Redis.from_url(
         url,
