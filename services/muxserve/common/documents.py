@@ -48,7 +48,8 @@ class PlacementStore:
         """Put `placement` in place of the one with `expected_epoch` (0: of none).
 
         False: another epoch is in force, nothing was written. `placement.epoch` must be above
-        `expected_epoch` (ValueError). Raises Unavailable while Redis is away; the write may have happened then.
+        `expected_epoch` (ValueError). Raises Unavailable while Redis is away; the write may have happened
+        then.
         """
         if placement.epoch <= expected_epoch:
             raise ValueError(f"epoch {placement.epoch} does not follow {expected_epoch}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import cast
@@ -30,6 +32,13 @@ redis.call('DEL', KEYS[1])
 redis.call('SREM', KEYS[2], ARGV[2])
 return 1
 """
+
+
+def entry_of_this_process(kind: str, service_id: str, address: str) -> admin_pb2.ServiceEntry:
+    """An entry for this process, with a new incarnation. `address` is what others connect to."""
+    return admin_pb2.ServiceEntry(
+        kind=kind, id=service_id, address=address, incarnation=uuid.uuid4().hex, pid=os.getpid()
+    )
 
 
 class Registry:
