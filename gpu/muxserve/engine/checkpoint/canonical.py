@@ -1,0 +1,116 @@
+"""The one naming of weights that loader, executors and decoder share.
+
+    embed                       [vocab, hidden]
+    layers.{i}.input_norm       [hidden]                                float32
+    layers.{i}.qkv              [(heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v
+    layers.{i}.qkv_bias         [(heads + 2 * kv_heads) * head_dim]     if qkv_bias
+    layers.{i}.q_norm, .k_norm  [head_dim]                              float32, if qk_norm
+    layers.{i}.o                [hidden, heads * head_dim]
+    layers.{i}.o_bias           [hidden]                                if output_bias
+    layers.{i}.attention_out_norm [hidden]                              float32, if post_norms
+    layers.{i}.mlp_norm         [hidden]                                float32
+    layers.{i}.gate_up          [2 * intermediate, hidden]: gate, then up
+    layers.{i}.gate_up_bias     [2 * intermediate]                      if mlp_bias
+    layers.{i}.down             [hidden, intermediate]
+    layers.{i}.down_bias        [hidden]                                if mlp_bias
+    layers.{i}.mlp_out_norm     [hidden]                                float32, if post_norms
+    final_norm                  [hidden]                                float32
+    lm_head                     [vocab, hidden]                         unless tie_embeddings
+
+Everything without a dtype is in the model's dtype. Matrices are `[out, in]`, rows of Q and K in half-split
+rotary order, norm weights the factors themselves (Gemma's `1 + w` is applied).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from muxserve.engine.messages import TensorEntry
+from muxserve.engine.spec import ITEMSIZE, ModelSpec
+
+ALIGNMENT = 64
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalTensor:
+    """One tensor of the list above.
+
+    role: the name without its layer. parts: shapes of what it is joined from along axis 0, at least one.
+    """
+
+    role: str
+    layer: int | None
+    dtype: str
+    parts: tuple[Shape, ...]
+
+    @property
+    def name(self) -> str:
+        return self.role if self.layer is None else f"layers.{self.layer}.{self.role}"
+
+    @property
+    def shape(self) -> Shape:
+        return (sum(part[0] for part in self.parts), *self.parts[0][1:])
+
+
+def canonical_tensors(spec: ModelSpec) -> Iterator[CanonicalTensor]:
+    """Every tensor of the model, in the order in which they lie in memory."""
+    vocab, hidden = spec.vocab_size, spec.hidden_size
+    yield CanonicalTensor("embed", None, spec.dtype, ((vocab, hidden),))
+    for layer in range(len(spec.layers)):
+        yield from _layer(spec, layer)
+    yield CanonicalTensor("final_norm", None, "float32", ((hidden,),))
+    if not spec.tie_embeddings:
+        yield CanonicalTensor("lm_head", None, spec.dtype, ((vocab, hidden),))
+
+
+def _layer(spec: ModelSpec, layer: int) -> Iterator[CanonicalTensor]:
+    hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    q, kv = spec.heads * dim, spec.kv_heads * dim
+
+    def tensor(role: str, *parts: Shape) -> CanonicalTensor:
+        return CanonicalTensor(role, layer, "float32" if role.endswith("norm") else spec.dtype, parts)
+
+    yield tensor("input_norm", (hidden,))
+    yield tensor("qkv", (q, hidden), (kv, hidden), (kv, hidden))
+    if spec.qkv_bias:
+        yield tensor("qkv_bias", (q,), (kv,), (kv,))
+    if spec.qk_norm:
+        yield tensor("q_norm", (dim,))
+        yield tensor("k_norm", (dim,))
+    yield tensor("o", (hidden, q))
+    if spec.output_bias:
+        yield tensor("o_bias", (hidden,))
+    if spec.post_norms:
+        yield tensor("attention_out_norm", (hidden,))
+    yield tensor("mlp_norm", (hidden,))
+    yield tensor("gate_up", (inner, hidden), (inner, hidden))
+    if spec.mlp_bias:
+        yield tensor("gate_up_bias", (inner,), (inner,))
+    yield tensor("down", (hidden, inner))
+    if spec.mlp_bias:
+        yield tensor("down_bias", (hidden,))
+    if spec.post_norms:
+        yield tensor("mlp_out_norm", (hidden,))
+
+
+def manifest(spec: ModelSpec) -> tuple[TensorEntry, ...]:
+    """Where each tensor lies in the model's weight memory: follows from the spec alone."""
+    entries = []
+    offset = 0
+    for tensor in canonical_tensors(spec):
+        entries.append(
+            TensorEntry(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, offset=offset),
+        )
+        offset += -(-math.prod(tensor.shape) * ITEMSIZE[tensor.dtype] // ALIGNMENT) * ALIGNMENT
+    return tuple(entries)
+
+
+def manifest_bytes(entries: tuple[TensorEntry, ...]) -> int:
+    """Bytes of the memory that holds these tensors."""
+    if not entries:
+        return 0
+    last = entries[-1]
+    return last.offset + -(-math.prod(last.shape) * ITEMSIZE[last.dtype] // ALIGNMENT) * ALIGNMENT
