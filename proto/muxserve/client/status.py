@@ -1,0 +1,200 @@
+"""What the admin calls return: values, with no protobuf in them.
+
+Every class is a plain dataclass, so `dataclasses.asdict(status)` is ready for JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .results import ModelState
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """How a model is to be served."""
+
+    name: str
+    path: str
+    """Checkpoint: a Hugging Face directory or a GGUF file, as gateway and workers see it."""
+    dtype: str
+    """"auto", "float32" or "bfloat16"."""
+    quota_blocks: int
+    """Blocks that the model may hold without borrowing. 0: a share computed by the scheduler."""
+    rate: float
+    """Expected arrivals, requests per second. 0: unknown."""
+    max_context: int
+    """Tokens. 0: the checkpoint's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model is, as read from its checkpoint by a worker."""
+
+    architecture: str
+    dtype: str
+    context_length: int
+    """Tokens, prompt and output together."""
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    weight_bytes: int
+    tokens_per_block: int
+    blocks_per_span: int
+    """Blocks of a block group: layers times KV heads."""
+    slots: int
+    """Sequences that can be open at once on the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedModel:
+    """A model's place."""
+
+    config: ModelConfig
+    state: ModelState
+    reason: str
+    """Why it FAILED, else empty."""
+    field: str
+    """The field at fault where it FAILED for bad input."""
+    shape: ModelShape | None
+    """None until a worker has read the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A mesh and the models on it."""
+
+    name: str
+    worker_id: str
+    worker_address: str
+    worker_incarnation: str
+    models: tuple[PlacedModel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The versioned placement document."""
+
+    epoch: int
+    """Grows with each change. 0: nothing is placed yet."""
+    units: tuple[Unit, ...]
+    unplaced: tuple[PlacedModel, ...]
+    """Models that could not be placed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A model in a unit: what the scheduler and the worker say of it, side by side."""
+
+    model: str
+    unit: str
+    state: ModelState
+    running: int
+    """Requests with KV on the device."""
+    waiting: int
+    """Requests pulled from the queue that do not run yet, or again."""
+    held_blocks: int
+    quota_blocks: int
+    borrowed_blocks: int
+    """Held above the quota."""
+    peak_blocks: int
+    """Most it ever held."""
+    preemptions: int
+    generated_tokens: int
+    prefill_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitStatus:
+    """A unit, as its scheduler and worker see it."""
+
+    unit: str
+    connected: bool
+    """Whether the scheduler's job stream to the worker is open."""
+    policy: str
+    models: tuple[ModelStatus, ...]
+    prefill_jobs: int
+    decode_jobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The books of a worker's block pool."""
+
+    block_bytes: int
+    total_blocks: int
+    free_blocks: int
+    """Held by no sequence and caching nothing."""
+    cached_blocks: int
+    """Held by no sequence but caching a prefix: free memory for any model."""
+    integrity_error: str
+    """Empty: the books add up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Executor:
+    """An executor process."""
+
+    kind: str
+    """"prefill" or "decode"."""
+    pid: int
+    """0 while it restarts."""
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A mesh."""
+
+    worker_id: str
+    incarnation: str
+    device: str
+    """"cpu", or the GPU's name."""
+    compute_units: int
+    """Cores, or streaming multiprocessors."""
+    partition: str
+    """How compute shares are made."""
+    pool: Pool
+    executors: tuple[Executor, ...]
+    weight_budget_bytes: int
+    """0: no limit of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A live process."""
+
+    kind: str
+    """"gateway", "scheduler", "worker" or "placement"."""
+    id: str
+    address: str
+    incarnation: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Everything at a glance."""
+
+    placement: Placement
+    units: tuple[UnitStatus, ...]
+    workers: tuple[Worker, ...]
+    services: tuple[Service, ...]
+
+    @property
+    def models(self) -> tuple[ModelStatus, ...]:
+        """The models of all units."""
+        return tuple(model for unit in self.units for model in unit.models)
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """Block quotas of a unit."""
+
+    unit: str
+    revision: int
+    """Grows with each change."""
+    blocks: Mapping[str, int]
+    """Blocks by model name."""
