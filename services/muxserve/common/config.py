@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from muxserve.common.settings import ENV_PREFIX, Bytes, Problem, SettingsError, read_settings
-from muxserve.v1 import common_pb2
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from muxserve.common.settings import ENV_PREFIX, Bytes, Problem, SettingsError, read_settings
+from muxserve.v1 import common_pb2
 
 
 class ModelEntry(BaseModel):

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from typing import cast
 
 import structlog
+from redis.asyncio import Redis
+
 from muxserve.common import keys
 from muxserve.common.errors import Unavailable
 from muxserve.common.store import redis_errors
 from muxserve.v1 import admin_pb2
-from redis.asyncio import Redis
 
 log = structlog.get_logger(__name__)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import cast
 
 import structlog
+from redis.asyncio import Redis
+
 from muxserve.common import keys
 from muxserve.common.errors import Unavailable
-from muxserve.common.store import redis_errors
+from muxserve.common.store import TIMEOUT, redis_errors
 from muxserve.v1 import admin_pb2
-from redis.asyncio import Redis
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +25,9 @@ HEARTBEAT = 1.0
 
 TTL = 3.0
 """Seconds that an entry outlives its last announcement."""
+
+GRACE = HEARTBEAT + TIMEOUT
+"""Seconds after Redis was away in which a missing entry says nothing: its owner may not be back yet."""
 
 # KEYS: entry, index. ARGV: incarnation, id. A successor under the same id keeps its entry.
 _WITHDRAW = """
@@ -47,6 +52,8 @@ class Registry:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._withdraw = redis.register_script(_WITHDRAW)
+        self._away_at = -GRACE
+        self._known: dict[str, Sequence[admin_pb2.ServiceEntry]] = {}
 
     async def announce(self, entry: admin_pb2.ServiceEntry) -> None:
         """Write `entry` once; it lives for TTL seconds."""
@@ -78,7 +85,27 @@ class Registry:
                 await self.withdraw(entry)
 
     async def list(self, kind: str) -> list[admin_pb2.ServiceEntry]:
-        """Entries of `kind` that are alive, by id."""
+        """Entries of `kind` that are alive, by id.
+
+        Entries die while Redis is away, since nobody can renew them. So for GRACE seconds after a call that
+        found it away, those that were known before count as alive.
+        """
+        try:
+            alive = {entry.id: entry for entry in await self._read(kind)}
+        except Unavailable:
+            self._away_at = time.monotonic()
+            raise
+        if time.monotonic() - self._away_at < GRACE:
+            alive = {entry.id: entry for entry in self.known(kind)} | alive
+        found = sorted(alive.values(), key=lambda entry: entry.id)
+        self._known[kind] = found
+        return found
+
+    def known(self, kind: str) -> Sequence[admin_pb2.ServiceEntry]:
+        """What `list` last returned, for those who can do with something older while Redis is away."""
+        return self._known.get(kind, [])
+
+    async def _read(self, kind: str) -> Sequence[admin_pb2.ServiceEntry]:
         with redis_errors("listing services"):
             ids = sorted(cast(set[bytes], await self._redis.smembers(keys.services(kind))))
             if not ids:

@@ -60,7 +60,7 @@ class Problem:
     reason: str
     """What is wrong with it."""
     source: str
-    """Where the value came from: "deploy.yaml:12", "--arena", "environment MUXSERVE_ARENA". Empty: missing."""
+    """Where it came from: "deploy.yaml:12", "--arena", "environment MUXSERVE_ARENA"; empty if missing."""
 
     def __str__(self) -> str:
         where = f"{self.source}: " if self.source else ""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from muxserve.common.errors import Unavailable
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+
+from muxserve.common.errors import Unavailable
 
 TIMEOUT = 2.0
 """Seconds that a command or a connection attempt may take."""
