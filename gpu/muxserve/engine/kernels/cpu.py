@@ -1,0 +1,210 @@
+"""`CpuKernels`: attention over blocks on CPU. Decode and KV copies are compiled by numba, prefill is torch.
+
+Decode reads K and V in place, block by block, with an online softmax; the query heads of a group share one
+read. Prefill copies the visible KV of one sequence to contiguous float32 (linear in its context) and takes
+its queries in chunks, so that memory does not grow with the square of the prompt.
+
+Threads: decode uses `torch.get_num_threads()` threads of numba's own pool. numba's "workqueue" layer waits
+without spinning, so its threads and torch's do not steal each other's cores; it allows one parallel region at
+a time in a process, which a lock here guarantees. With one thread no pool is touched.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from muxserve.engine.kernels import cpu_compiled
+from muxserve.engine.kernels.interface import KVCache, RaggedBatch
+from muxserve.engine.spec import KVLayout
+
+_SCORE_ELEMENTS = 1 << 19
+"""Scores that prefill holds at once, in float32 elements: they should stay in a core's cache."""
+
+_POOL_THREADS = numba.get_num_threads()
+"""Threads in numba's pool, fixed for the life of the process: the cores that it may run on."""
+
+_WORDS = {"bfloat16": (torch.uint16, 16), "float32": (torch.uint32, 0)}
+"""dtype → the integers its bits are read as, and the shift that makes them float32 bits."""
+
+
+class UnallocatedBlockError(LookupError):
+    """A job reached a position whose span has no block: the tables and the job disagree."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__(f"layer {layer}: a sequence of the batch reaches into a span without a block")
+
+
+class CpuKernels:
+    """Implements `AttentionKernels` for caches in float32 and bfloat16; ValueError for another dtype.
+
+    Queries, keys and values may be of any float dtype and any strides. Results are accumulated in float32 and
+    rounded once to the dtype of `query`. Raises UnallocatedBlockError where the table has no block.
+    """
+
+    _one_parallel_region = threading.Lock()
+
+    def write(self, cache: KVCache, layer: int, batch: RaggedBatch, key: Tensor, value: Tensor) -> None:
+        """See `AttentionKernels.write`."""
+        words, _ = _word(cache.layout)
+        missing = cpu_compiled.write(
+            _raw(cache),
+            cache.blocks.stride(0),
+            cache.layout.tokens_per_block,
+            cache.table[layer].numpy(),
+            batch.token_slots.numpy(),
+            batch.positions.numpy(),
+            key.to(cache.blocks.dtype).contiguous().view(words).numpy(),
+            value.to(cache.blocks.dtype).contiguous().view(words).numpy(),
+        )
+        if missing:
+            raise UnallocatedBlockError(layer)
+
+    def attend(
+        self,
+        cache: KVCache,
+        layer: int,
+        batch: RaggedBatch,
+        query: Tensor,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        """See `AttentionKernels.attend`."""
+        queries = query.float().contiguous()
+        out = torch.empty_like(queries)
+        missing = self._decode(cache, layer, batch, queries, scale, window, soft_cap, out)
+        if batch.max_query > 1:
+            starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
+            for s, slot in enumerate(batch.slots.tolist()):
+                first, last = starts[s], starts[s + 1]
+                if last - first < 2:
+                    continue
+                low = 0 if window is None else max(0, contexts[s] - (last - first) - window + 1)
+                keys, values, absent = _contiguous(cache, layer, slot, low, contexts[s])
+                missing += absent
+                _prefill(
+                    queries[first:last],
+                    keys,
+                    values,
+                    contexts[s] - low,
+                    scale,
+                    window,
+                    soft_cap,
+                    out[first:last],
+                )
+        if missing:
+            raise UnallocatedBlockError(layer)
+        return out.to(query.dtype)
+
+    def _decode(
+        self,
+        cache: KVCache,
+        layer: int,
+        batch: RaggedBatch,
+        query: Tensor,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+        out: Tensor,
+    ) -> int:
+        """The sequences with one query token; `out` is left alone elsewhere. Returns missing blocks."""
+        threads = min(torch.get_num_threads(), _POOL_THREADS)
+        arguments = (
+            _raw(cache),
+            np.uint32(_word(cache.layout)[1]),
+            cache.blocks.stride(0),
+            cache.layout.tokens_per_block,
+            cache.table[layer].numpy(),
+            batch.slots.numpy(),
+            batch.query_starts.numpy(),
+            batch.context_lengths.numpy(),
+            query.numpy(),
+            np.float32(scale),
+            np.float32(soft_cap or 0.0),
+            batch.max_context if window is None else window,
+            threads,
+            out.numpy(),
+        )
+        if threads == 1:
+            return int(cpu_compiled.decode_serial(*arguments))
+        with self._one_parallel_region:
+            numba.set_num_threads(threads)
+            return int(cpu_compiled.decode_parallel(*arguments))
+
+
+def _word(layout: KVLayout) -> tuple[torch.dtype, int]:
+    """Integer dtype of the layout's words, and the shift that makes them float32 bits."""
+    if layout.dtype not in _WORDS:
+        raise ValueError(f"dtype {layout.dtype}: KV on CPU is one of {', '.join(_WORDS)}")
+    return _WORDS[layout.dtype]
+
+
+def _raw(cache: KVCache) -> NDArray[Any]:
+    """All blocks as one flat array of words, without a copy."""
+    blocks, layout = cache.blocks, cache.layout
+    used = 2 * layout.tokens_per_block * layout.head_dim
+    length = (blocks.shape[0] - 1) * blocks.stride(0) + used
+    flat: NDArray[Any] = blocks.as_strided((length,), (1,)).view(_word(layout)[0]).numpy()
+    return flat
+
+
+def _contiguous(cache: KVCache, layer: int, slot: int, low: int, high: int) -> tuple[Tensor, Tensor, int]:
+    """K and V of `[low, high)`: two float32 `[kv_heads, high - low, head_dim]`, and missing blocks."""
+    layout = cache.layout
+    keys = torch.empty(layout.kv_heads, high - low, layout.head_dim)
+    values = torch.empty_like(keys)
+    missing = cpu_compiled.gather(
+        _raw(cache),
+        np.uint32(_word(layout)[1]),
+        cache.blocks.stride(0),
+        layout.tokens_per_block,
+        cache.table[layer, slot].numpy(),
+        low,
+        keys.view(torch.uint32).numpy(),
+        values.view(torch.uint32).numpy(),
+    )
+    return keys, values, int(missing)
+
+
+def _prefill(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    out: Tensor,
+) -> None:
+    """The last `n` of `context` positions attend: `query`, `out` `[n, heads, D]`, `keys`, `values`
+    `[kv_heads, context, D]`, all float32. Queries go in chunks whose scores are about `_SCORE_ELEMENTS`."""
+    count, heads, dim = query.shape
+    kv_heads = keys.shape[0]
+    grouped = (query * scale).view(count, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+    result = out.view(count, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+    chunk = max(32, _SCORE_ELEMENTS // (heads * context))
+    start = context - count
+    for first in range(0, count, chunk):
+        last = min(first + chunk, count)
+        low = 0 if window is None else max(0, start + first - window + 1)
+        high = start + last
+        rows = grouped[:, :, first:last].reshape(kv_heads, -1, dim)
+        scores = torch.bmm(rows, keys[:, low:high].transpose(1, 2))
+        if soft_cap is not None:
+            scores.div_(soft_cap).tanh_().mul_(soft_cap)
+        positions = torch.arange(start + first, high)[:, None]
+        seen = torch.arange(low, high)[None, :]
+        hidden = seen > positions
+        if window is not None:
+            hidden |= positions - seen >= window
+        scores.view(kv_heads, -1, last - first, high - low).masked_fill_(hidden, -math.inf)
+        weighted = torch.bmm(scores.softmax(-1), values[:, low:high])
+        result[:, :, first:last] = weighted.view(kv_heads, -1, last - first, dim)
