@@ -53,8 +53,8 @@ class Sequence:
 class PoolMachine(RuleBasedStateMachine):
     sequences: Bundle[Sequence] = Bundle("sequences")
 
-    @initialize(blocks=st.integers(1, 40))
-    def start(self, blocks: int) -> None:
+    @initialize(blocks=st.integers(1, 40), quota=st.integers(0, 40))
+    def start(self, blocks: int, quota: int) -> None:
         self.blocks = blocks
         self.pool = BlockPool(blocks)
         self.free: set[int] = set(range(blocks))
@@ -62,6 +62,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.cached: list[Group] = []  # least recently used first
         self.quota: dict[str, int] = {}
         self.peak: dict[str, int] = {}
+        for model in NAMES[:2]:
+            self.register(model, quota)
 
     def held(self, model: str) -> int:
         return sum(len(g.blocks) for g in self.groups if g.model == model and g.references)
@@ -101,9 +103,10 @@ class PoolMachine(RuleBasedStateMachine):
             del self.quota[model], self.peak[model]
 
     @precondition(lambda self: self.quota)
-    @rule(data=st.data(), quota=st.integers(0, 40))
-    def set_quota(self, data: st.DataObject, quota: int) -> None:
+    @rule(data=st.data(), above_held=st.integers(-8, 12))
+    def set_quota(self, data: st.DataObject, above_held: int) -> None:
         model = data.draw(st.sampled_from(sorted(self.quota)))
+        quota = max(0, self.held(model) + above_held)
         self.pool.set_quota(model, quota)
         self.quota[model] = quota
 
@@ -166,6 +169,16 @@ class PoolMachine(RuleBasedStateMachine):
                 self.forget(group)
             else:
                 self.cached.append(group)
+
+    @precondition(lambda self: self.quota)
+    @rule(data=st.data(), hashes=st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True))
+    def live_a_whole_life(self, data: st.DataObject, hashes: list[int]) -> None:
+        """What most sequences do, in one step, so that cached groups and evictions are common."""
+        model = data.draw(st.sampled_from(sorted(self.quota)))
+        sequence = Sequence(model, self.allocate(model, len(hashes), borrow=True) or [])
+        data.draw(st.randoms(use_true_random=False)).shuffle(sequence.groups)
+        self.publish(sequence, hashes)
+        self.free_sequence(sequence)
 
     @rule(sequence=sequences)
     def free_too_often(self, sequence: Sequence) -> None:
