@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+
 from muxserve.engine.pool import BlockPool, InvalidGroups, ModelBusy, OutOfBlocks, PoolIntegrityError
 from muxserve.engine.spec import KVLayout
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+
 from muxserve.engine.pool import BlockPool, InvalidGroups, ModelBusy, OutOfBlocks
 from muxserve.engine.prefixes import BlockIds
 from muxserve.engine.spec import KVLayout

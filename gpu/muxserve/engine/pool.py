@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
+
 from muxserve.engine.prefixes import BlockIds, PrefixIndex
 from muxserve.engine.spec import KVLayout
-from numpy.typing import ArrayLike
 
 
 class PoolError(Exception):
