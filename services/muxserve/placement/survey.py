@@ -1,0 +1,93 @@
+"""Asks the workers what they have and what each model would take there, and finds places."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from muxserve.common.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidArgument,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+)
+from muxserve.placement.document import Plan, loads
+from muxserve.placement.fit import Capacity, Demand, Refusal, fit
+from muxserve.placement.workers import WorkerCalls
+from muxserve.v1 import admin_pb2, common_pb2, worker_pb2
+
+TRANSIENT = (Unavailable, DeadlineExceeded, Cancelled)
+"""Errors that say nothing about the model: the call is to be made again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a model goes."""
+
+    worker: str
+    shape: common_pb2.ModelShape
+
+
+def refusal(error: ServiceError) -> Refusal:
+    """What a worker's error says about a model."""
+    if isinstance(error, InvalidArgument):
+        return Refusal(error.reason, error.field)
+    return Refusal(str(error), "weight_budget" if isinstance(error, Overloaded) else "")
+
+
+async def find_places(
+    plan: Plan, names: Sequence[str], workers: Sequence[admin_pb2.ServiceEntry], calls: WorkerCalls
+) -> Mapping[str, Place | Refusal]:
+    """A place, or why there is none, for each model in `names`. Raises ServiceError if a
+    worker cannot be asked."""
+    infos = await asyncio.gather(*(calls.info(worker.address) for worker in workers))
+    pairs = [(name, worker) for name in names for worker in workers]
+    answers = await asyncio.gather(
+        *(_inspect(calls, worker.address, plan.models[name].config) for name, worker in pairs)
+    )
+    found = {(name, worker.id): answer for (name, worker), answer in zip(pairs, answers, strict=True)}
+    load = loads(plan.models)
+    demands = []
+    outcome: dict[str, Place | Refusal] = {}
+    for name in names:
+        sizes, refusals = {}, []
+        for worker in workers:
+            answer = found[name, worker.id]
+            if isinstance(answer, Refusal):
+                refusals.append(answer)
+            else:
+                sizes[worker.id] = answer.weight_bytes
+        if sizes:
+            demands.append(Demand(name, sizes, load[name]))
+        else:
+            outcome[name] = refusals[0] if refusals else Refusal("there is no worker", "")
+    capacities = [_capacity(plan, worker.id, info, load) for worker, info in zip(workers, infos, strict=True)]
+    decision = fit(demands, capacities)
+    outcome.update(decision.refused)
+    for name, worker_id in decision.assigned.items():
+        shape = found[name, worker_id]
+        assert isinstance(shape, common_pb2.ModelShape)
+        outcome[name] = Place(worker_id, shape)
+    return outcome
+
+
+async def _inspect(
+    calls: WorkerCalls, address: str, model: common_pb2.ModelConfig
+) -> common_pb2.ModelShape | Refusal:
+    try:
+        return await calls.inspect(address, model)
+    except TRANSIENT:
+        raise
+    except ServiceError as error:
+        return refusal(error)
+
+
+def _capacity(plan: Plan, worker: str, info: worker_pb2.WorkerInfo, load: Mapping[str, float]) -> Capacity:
+    """What is left on `worker` beside the models that are assigned to it, loaded or not."""
+    models = plan.of_worker(worker)
+    taken = sum(model.shape.weight_bytes for model in models if model.shape)
+    room = max(0, info.weight_budget_bytes - taken) if info.weight_budget_bytes else None
+    return Capacity(worker, room, sum(load[model.config.name] for model in models))
