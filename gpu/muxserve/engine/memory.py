@@ -18,7 +18,7 @@ _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 class Memfd:
     """A memfd whose size is sealed, mapped for reading and writing.
 
-    Nothing has a name, so a crash leaves nothing behind: the memory goes with its last descriptor and mapping.
+    Nothing has a name, so a crash leaves nothing behind: the memory goes with its last descriptor and map.
     Pages are zero, and taken from the machine when first touched. Sealing makes an access inside the mapping
     safe for ever: no process can cut the file under another, which would end that one with SIGBUS.
 
@@ -48,7 +48,7 @@ class Memfd:
 
     @classmethod
     def attach(cls, fd: int, size: int) -> Memfd:
-        """Map another process's memfd; the caller may close `fd` at once. ValueError if its size is another, or
+        """Map another process's memfd; the caller may close `fd` at once. ValueError if its size differs or
         could change."""
         found = os.fstat(fd).st_size
         if found != size:

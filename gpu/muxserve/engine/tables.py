@@ -124,7 +124,7 @@ class SequenceTables(TableViews):
         self._spans[slot] = max(self._spans[slot], end)
 
     def extend(self, slots: ArrayLike, spans: ArrayLike, ids: ArrayLike) -> None:
-        """One group to each of n sequences: row i of `ids` `[n, blocks_per_span]` is `spans[i]` of `slots[i]`.
+        """One group to each of n sequences: row i of `ids` `[n, blocks_per_span]`: `spans[i]` of `slots[i]`.
         Raises IndexError if there is no such slot or span."""
         rows = np.asarray(ids, dtype=np.int32).reshape(-1, self.layout.layers, self.layout.kv_heads)
         where, at = np.asarray(slots, dtype=np.intp), np.asarray(spans, dtype=np.intp)
