@@ -1,12 +1,14 @@
-"""`CpuKernels`: attention over blocks on CPU. Decode and KV copies are compiled by numba, prefill is torch.
+"""`CpuKernels`: attention over blocks on CPU, compiled by numba, with torch for long prompts.
 
-Decode reads K and V in place, block by block, with an online softmax; the query heads of a group share one
-read. Prefill copies the visible KV of one sequence to contiguous float32 (linear in its context) and takes
-its queries in chunks, so that memory does not grow with the square of the prompt.
+In place: every query token reads K and V where they lie, block by block, with an online softmax; the query
+heads of a group share one read. Decode, and prompts so short that nothing else pays. Gathered: the visible KV
+of one sequence is copied to contiguous float32 (linear in its context) and multiplied with chunks of its
+queries, so that memory does not grow with the square of the prompt. Which of the two is a matter of the
+sequence alone, so its result does not depend on the batch.
 
-Threads: decode uses `torch.get_num_threads()` threads of numba's own pool. numba's "workqueue" layer waits
-without spinning, so its threads and torch's do not steal each other's cores; it allows one parallel region at
-a time in a process, which a lock here guarantees. With one thread no pool is touched.
+Threads: the compiled half uses `torch.get_num_threads()` threads of numba's own pool. numba's "workqueue"
+layer waits without spinning, so its threads and torch's do not steal each other's cores; it allows one
+parallel region at a time in a process, which a lock here guarantees. With one thread no pool is touched.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from muxserve.engine.spec import KVLayout
 
 _SCORE_ELEMENTS = 1 << 19
 """Scores that prefill holds at once, in float32 elements: they should stay in a core's cache."""
+
+_IN_PLACE_WORK = 1 << 14
+"""Queries x context x heads up to which reading in place costs less than a copy and a few torch calls."""
 
 _POOL_THREADS = numba.get_num_threads()
 """Threads in numba's pool, fixed for the life of the process: the cores that it may run on."""
@@ -80,64 +85,61 @@ class CpuKernels:
         """See `AttentionKernels.attend`."""
         queries = query.float().contiguous()
         out = torch.empty_like(queries)
-        missing = self._decode(cache, layer, batch, queries, scale, window, soft_cap, out)
-        if batch.max_query > 1:
-            starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
-            for s, slot in enumerate(batch.slots.tolist()):
-                first, last = starts[s], starts[s + 1]
-                if last - first < 2:
-                    continue
-                low = 0 if window is None else max(0, contexts[s] - (last - first) - window + 1)
-                keys, values, absent = _contiguous(cache, layer, slot, low, contexts[s])
-                missing += absent
-                _prefill(
-                    queries[first:last],
-                    keys,
-                    values,
-                    contexts[s] - low,
-                    scale,
-                    window,
-                    soft_cap,
-                    out[first:last],
-                )
-        if missing:
-            raise UnallocatedBlockError(layer)
+        chosen, large = _split(batch, query.shape[1])
+        self._in_place(cache, layer, batch, chosen, queries, scale, window, soft_cap, out)
+        for s in large:
+            first, last = batch.query_starts[s : s + 2].tolist()
+            slot, context = int(batch.slots[s]), int(batch.context_lengths[s])
+            low = 0 if window is None else max(0, context - (last - first) - window + 1)
+            keys, values = _gathered(cache, layer, slot, low, context)
+            _attend_gathered(queries[first:last], keys, values, scale, window, soft_cap, out[first:last])
         return out.to(query.dtype)
 
-    def _decode(
+    def _in_place(
         self,
         cache: KVCache,
         layer: int,
         batch: RaggedBatch,
+        chosen: NDArray[np.int64],
         query: Tensor,
         scale: float,
         window: int | None,
         soft_cap: float | None,
         out: Tensor,
-    ) -> int:
-        """The sequences with one query token; `out` is left alone elsewhere. Returns missing blocks."""
-        threads = min(torch.get_num_threads(), _POOL_THREADS)
+    ) -> None:
+        """Fill `out` for the query tokens `chosen` (indices)."""
         arguments = (
             _raw(cache),
             np.uint32(_word(cache.layout)[1]),
             cache.blocks.stride(0),
             cache.layout.tokens_per_block,
             cache.table[layer].numpy(),
-            batch.slots.numpy(),
-            batch.query_starts.numpy(),
-            batch.context_lengths.numpy(),
+            batch.token_slots.numpy(),
+            batch.positions.numpy(),
+            chosen,
             query.numpy(),
             np.float32(scale),
             np.float32(soft_cap or 0.0),
             batch.max_context if window is None else window,
-            threads,
-            out.numpy(),
         )
+        threads = min(torch.get_num_threads(), _POOL_THREADS)
         if threads == 1:
-            return int(cpu_compiled.decode_serial(*arguments))
-        with self._one_parallel_region:
-            numba.set_num_threads(threads)
-            return int(cpu_compiled.decode_parallel(*arguments))
+            missing = cpu_compiled.attend(*arguments, 0, chosen.size * cache.layout.kv_heads, out.numpy())
+        else:
+            with self._one_parallel_region:
+                numba.set_num_threads(threads)
+                missing = cpu_compiled.attend_parallel(*arguments, threads, out.numpy())
+        if missing:
+            raise UnallocatedBlockError(layer)
+
+
+def _split(batch: RaggedBatch, heads: int) -> tuple[NDArray[np.int64], list[int]]:
+    """Query tokens to be attended in place, and the sequences to be gathered."""
+    if batch.max_query <= 1:
+        return np.arange(batch.positions.shape[0]), []
+    counts = np.diff(batch.query_starts.numpy())
+    large = (counts > 1) & (counts * batch.context_lengths.numpy() * heads > _IN_PLACE_WORK)
+    return np.flatnonzero(~large.repeat(counts)), np.flatnonzero(large).tolist()
 
 
 def _word(layout: KVLayout) -> tuple[torch.dtype, int]:
@@ -156,8 +158,8 @@ def _raw(cache: KVCache) -> NDArray[Any]:
     return flat
 
 
-def _contiguous(cache: KVCache, layer: int, slot: int, low: int, high: int) -> tuple[Tensor, Tensor, int]:
-    """K and V of `[low, high)`: two float32 `[kv_heads, high - low, head_dim]`, and missing blocks."""
+def _gathered(cache: KVCache, layer: int, slot: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """K and V of a sequence's positions `[low, high)`: two float32 `[kv_heads, high - low, head_dim]`."""
     layout = cache.layout
     keys = torch.empty(layout.kv_heads, high - low, layout.head_dim)
     values = torch.empty_like(keys)
@@ -171,40 +173,40 @@ def _contiguous(cache: KVCache, layer: int, slot: int, low: int, high: int) -> t
         keys.view(torch.uint32).numpy(),
         values.view(torch.uint32).numpy(),
     )
-    return keys, values, int(missing)
+    if missing:
+        raise UnallocatedBlockError(layer)
+    return keys, values
 
 
-def _prefill(
+def _attend_gathered(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    context: int,
     scale: float,
     window: int | None,
     soft_cap: float | None,
     out: Tensor,
 ) -> None:
-    """The last `n` of `context` positions attend: `query`, `out` `[n, heads, D]`, `keys`, `values`
-    `[kv_heads, context, D]`, all float32. Queries go in chunks whose scores are about `_SCORE_ELEMENTS`."""
+    """`query`, `out` `[n, heads, D]`: the last n of m positions; `keys`, `values` `[kv_heads, m, D]`.
+
+    All float32. Queries go in chunks whose scores are about `_SCORE_ELEMENTS`, each over the keys it may see.
+    """
     count, heads, dim = query.shape
-    kv_heads = keys.shape[0]
+    kv_heads, context, _ = keys.shape
     grouped = (query * scale).view(count, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
     result = out.view(count, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
     chunk = max(32, _SCORE_ELEMENTS // (heads * context))
-    start = context - count
+    history = context - count
     for first in range(0, count, chunk):
         last = min(first + chunk, count)
-        low = 0 if window is None else max(0, start + first - window + 1)
-        high = start + last
+        low = 0 if window is None else max(0, history + first - window + 1)
+        high = history + last
         rows = grouped[:, :, first:last].reshape(kv_heads, -1, dim)
         scores = torch.bmm(rows, keys[:, low:high].transpose(1, 2))
         if soft_cap is not None:
             scores.div_(soft_cap).tanh_().mul_(soft_cap)
-        positions = torch.arange(start + first, high)[:, None]
-        seen = torch.arange(low, high)[None, :]
-        hidden = seen > positions
-        if window is not None:
-            hidden |= positions - seen >= window
+        distance = torch.arange(history + first, high)[:, None] - torch.arange(low, high)
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         scores.view(kv_heads, -1, last - first, high - low).masked_fill_(hidden, -math.inf)
         weighted = torch.bmm(scores.softmax(-1), values[:, low:high])
         result[:, :, first:last] = weighted.view(kv_heads, -1, last - first, dim)

@@ -1,4 +1,4 @@
-"""The compiled half of `CpuKernels`: decode attention and KV copies over an arena's words, by numba.
+"""The compiled half of `CpuKernels`: attention in place and KV copies over an arena's words, by numba.
 
 bfloat16 reaches numba as its bits: widening to float32 is a shift by 16. The same source serves float32, with
 32-bit words and a shift by 0, so there are two signatures per kernel. They are explicit: everything is
@@ -177,15 +177,89 @@ def _attend_one(
     return 0
 
 
-def _decode(
+def _attend_signatures(*last: str) -> tuple[str, ...]:
+    return tuple(
+        f"int64({word}[::1], uint32, int64, int64, int32[:, :, :], int64[::1], int64[::1], int64[::1],"
+        f" float32[:, :, ::1], float32, float32, int64, {', '.join(last)}, float32[:, :, ::1])"
+        for word in ("uint16", "uint32")
+    )
+
+
+@_compiled(*_attend_signatures("int64", "int64"))
+def attend(
     raw: Array,
     shift: Any,
     stride: int,
     tokens_per_block: int,
     table: Array,
     slots: Array,
-    query_starts: Array,
-    contexts: Array,
+    positions: Array,
+    chosen: Array,
+    query: Array,
+    scale: float,
+    soft_cap: float,
+    window: int,
+    begin: int,
+    end: int,
+    out: Array,
+) -> int:
+    """Query tokens in place, on this thread: tasks `[begin, end)`; one is `i * kv_heads + head`, of `chosen[i]`.
+
+    table: `[slots, kv_heads, spans]`. slots, positions: int64 `[N]`, of every token; chosen: int64, indices
+    into those. query, out: float32 `[N, heads, D]`. Returns how many tasks met a span without a block.
+    """
+    kv_heads = table.shape[1]
+    group = query.shape[1] // kv_heads
+    missing = 0
+    for task in range(begin, end):
+        n, head = chosen[task // kv_heads], task % kv_heads
+        first, context = head * group, positions[n] + 1
+        missing += _attend_one(
+            raw,
+            shift,
+            stride,
+            tokens_per_block,
+            table[slots[n], head],
+            max(context - window, 0),
+            context,
+            query[n, first : first + group],
+            scale,
+            soft_cap,
+            out[n, first : first + group],
+        )
+    return missing
+
+
+@_compiled("int64[::1](int64[::1], int64[::1], int64, int64, int64)")
+def _bounds(positions: Array, chosen: Array, window: int, kv_heads: int, parts: int) -> Any:
+    """Tasks of about equal cost for each part: part p is tasks `[bounds[p], bounds[p + 1])`."""
+    count = chosen.size
+    done = np.zeros(count + 1, np.int64)  # keys that are read for tokens before the i-th
+    for i in range(count):
+        done[i + 1] = done[i] + min(positions[chosen[i]] + 1, window) * kv_heads
+    bounds = np.full(parts + 1, count * kv_heads, np.int64)
+    bounds[0] = 0
+    i = 0
+    for part in range(1, parts):
+        goal = done[count] * part // parts
+        while i < count and done[i + 1] <= goal:
+            i += 1
+        if i < count:
+            each = (done[i + 1] - done[i]) // kv_heads
+            bounds[part] = i * kv_heads + (goal - done[i] + each // 2) // each
+    return bounds
+
+
+@_compiled(*_attend_signatures("int64"), parallel=True)
+def attend_parallel(
+    raw: Array,
+    shift: Any,
+    stride: int,
+    tokens_per_block: int,
+    table: Array,
+    slots: Array,
+    positions: Array,
+    chosen: Array,
     query: Array,
     scale: float,
     soft_cap: float,
@@ -193,66 +267,32 @@ def _decode(
     parts: int,
     out: Array,
 ) -> int:
-    """The sequences with exactly one query token, split over (sequence, KV head) into `parts` of equal cost.
+    """`attend` for all tasks, in `parts`, on numba's threads.
 
-    table: int32 `[slots, kv_heads, spans]`, one layer. query, out: float32 `[N, heads, D]`. Returns how many
-    tasks met a span without a block.
+    A function of its own, not one source compiled twice: numba's disk cache knows a function by source and
+    signature, and would take the serial one for the parallel one.
     """
-    kv_heads = table.shape[1]
-    group = query.shape[1] // kv_heads
-    bounds = _bounds(query_starts, contexts, window, kv_heads, parts)
+    bounds = _bounds(positions, chosen, window, table.shape[1], parts)
     missing = np.zeros(parts, np.int64)
     for part in prange(parts):
-        for task in range(bounds[part], bounds[part + 1]):
-            s, head = task // kv_heads, task % kv_heads
-            n = query_starts[s]
-            if query_starts[s + 1] - n != 1:
-                continue
-            first = head * group
-            missing[part] += _attend_one(
-                raw,
-                shift,
-                stride,
-                tokens_per_block,
-                table[slots[s], head],
-                max(contexts[s] - window, 0),
-                contexts[s],
-                query[n, first : first + group],
-                scale,
-                soft_cap,
-                out[n, first : first + group],
-            )
+        missing[part] = attend(
+            raw,
+            shift,
+            stride,
+            tokens_per_block,
+            table,
+            slots,
+            positions,
+            chosen,
+            query,
+            scale,
+            soft_cap,
+            window,
+            bounds[part],
+            bounds[part + 1],
+            out,
+        )
     return int(missing.sum())
-
-
-@_compiled("int64[::1](int64[::1], int64[::1], int64, int64, int64)")
-def _bounds(query_starts: Array, contexts: Array, window: int, kv_heads: int, parts: int) -> Any:
-    """Tasks are numbered `sequence * kv_heads + head`; part p is tasks `[bounds[p], bounds[p + 1])`."""
-    count = contexts.size
-    done = np.zeros(count + 1, np.int64)  # keys to be read before sequence s
-    for s in range(count):
-        keys = min(contexts[s], window) if query_starts[s + 1] - query_starts[s] == 1 else 0
-        done[s + 1] = done[s] + keys * kv_heads
-    bounds = np.full(parts + 1, count * kv_heads, np.int64)
-    bounds[0] = 0
-    s = 0
-    for part in range(1, parts):
-        goal = done[count] * part // parts
-        while s < count and done[s + 1] <= goal:
-            s += 1
-        if s < count:
-            each = max((done[s + 1] - done[s]) // kv_heads, 1)
-            bounds[part] = s * kv_heads + (goal - done[s] + each // 2) // each
-    return bounds
-
-
-_DECODE = tuple(
-    f"int64({word}[::1], uint32, int64, int64, int32[:, :, :], int64[::1], int64[::1], int64[::1],"
-    " float32[:, :, ::1], float32, float32, int64, int64, float32[:, :, ::1])"
-    for word in ("uint16", "uint32")
-)
-decode_serial = _compiled(*_DECODE)(_decode)
-decode_parallel = _compiled(*_DECODE, parallel=True)(_decode)
 
 
 @_compiled(
