@@ -58,6 +58,8 @@ class AddModel(msgspec.Struct, frozen=True, tag=True):
     spec: ModelSpec
     layout: KVLayout
     slots: int
+    context: int
+    """Tokens of the longest sequence that is served: the width of the tables."""
     weights: tuple[TensorEntry, ...]
 
 

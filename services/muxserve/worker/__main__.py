@@ -1,0 +1,80 @@
+"""`python -m muxserve.worker`: the worker process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import uuid
+
+import structlog
+
+from muxserve.common.process import run
+from muxserve.common.registry import Registry
+from muxserve.common.rpc import RpcServer
+from muxserve.common.settings import load_settings
+from muxserve.common.store import connect
+from muxserve.engine.arena import ArenaError
+from muxserve.v1 import admin_pb2, worker_pb2_grpc
+from muxserve.worker.executors import ExecutorFailed
+from muxserve.worker.service import SERVICE, WorkerServicer
+from muxserve.worker.settings import WorkerSettings
+from muxserve.worker.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+_GRACE = 0.5
+"""Seconds that calls have to end in when the worker stops."""
+
+
+async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
+    """Serve until `stop`. Raises ArenaError, ExecutorFailed or OSError if the worker cannot start."""
+    incarnation = uuid.uuid4().hex
+    worker = Worker(settings, incarnation)
+    server = RpcServer(settings.bind)
+    server.add(worker_pb2_grpc.add_WorkerServiceServicer_to_server, WorkerServicer(worker), SERVICE)
+    try:
+        bound = await server.start()
+        starting = asyncio.create_task(worker.start(), name="start")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            return
+        starting.result()
+        entry = admin_pb2.ServiceEntry(
+            kind="worker",
+            id=settings.id,
+            address=settings.advertised(bound),
+            incarnation=incarnation,
+            pid=os.getpid(),
+        )
+        redis = connect(settings.redis_url)
+        async with redis, Registry(redis).keep(entry):
+            await server.set_serving(SERVICE, True)
+            await stopping
+        log.info("stopping")
+    finally:
+        await server.stop(_GRACE)
+        await worker.stop()
+
+
+def main() -> int:
+    """Exit code 0 after a signal, 1 if the worker could not start."""
+    settings = load_settings(WorkerSettings)
+    code = 0
+
+    async def body(stop: asyncio.Event) -> None:
+        nonlocal code
+        try:
+            await serve(settings, stop)
+        except (ArenaError, ExecutorFailed, OSError) as error:
+            log.error("cannot start", reason=str(error))
+            code = 1
+
+    run(body, settings.id, settings.log_level)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""`Lane`: one executor and the jobs that wait for it. `Lanes`: both of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from muxserve.engine.messages import UNFINISHED, JobDone, PrefillJob, Step
+from muxserve.engine.pool import BlockPool
+from muxserve.worker.executors import ExecutorOptions, ExecutorProcess
+from muxserve.worker.jobs import Plan, plan
+from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, Tokens
+from muxserve.worker.sequences import SequenceBook
+
+log = structlog.get_logger(__name__)
+
+MAX_WAITING = 16
+"""Jobs that may wait for one executor; a scheduler has one or two."""
+
+
+class JobOwner(Protocol):
+    """Where a job came from."""
+
+    book: SequenceBook
+
+    def send(self, event: Tokens | Ended) -> None:
+        """Tell of a job's progress; must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    owner: JobOwner
+    order: Order
+
+
+@dataclass(slots=True)
+class _Running:
+    owner: JobOwner
+    order: Order
+    plan: Plan
+    job: int
+    threads: int
+
+
+class Lane:
+    """Runs orders one at a time, in the order in which they came. Blocks are reserved when a job starts, so
+    that one that waits sees what the one before it has done."""
+
+    def __init__(
+        self,
+        kind: str,
+        options: ExecutorOptions,
+        pool: BlockPool,
+        threads: Callable[[float, Lane], int],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.executor = ExecutorProcess(kind, options, self._on_report, self._on_executor)
+        self._pool = pool
+        self._threads = threads
+        self._on_change = on_change
+        self._waiting: deque[_Waiting] = deque()
+        self._running: _Running | None = None
+        self._last_job = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def threads_in_use(self) -> int:
+        """Of the job that runs."""
+        return self._running.threads if self._running else 0
+
+    def submit(self, owner: JobOwner, order: Order) -> None:
+        """Run `order` when its turn comes; too many waiting ones and it fails at once."""
+        if len(self._waiting) >= MAX_WAITING:
+            owner.book.close(order.sequences)
+            self._tell_end(
+                owner, order, Plan(), Outcome.FAILED, error=f"{MAX_WAITING} jobs are waiting already"
+            )
+            return
+        self._waiting.append(_Waiting(owner, order))
+        self._start_next()
+
+    def end_lease(self, owner: JobOwner, job: int) -> None:
+        """End that job soon; one that waits is over at once."""
+        running = self._running
+        if running is not None and running.owner is owner and running.order.job == job:
+            self.executor.end_lease(running.job)
+            return
+        for waiting in self._waiting:
+            if waiting.owner is owner and waiting.order.job == job:
+                self._waiting.remove(waiting)
+                self._tell_end(owner, waiting.order, Plan(), Outcome.OK)
+                return
+
+    async def drop(self, owner: JobOwner) -> None:
+        """Drop the owner's jobs; returns when the one that runs, if it is the owner's, has ended."""
+        self._waiting = deque(w for w in self._waiting if w.owner is not owner)
+        while (running := self._running) is not None and running.owner is owner:
+            self.executor.end_lease(running.job)
+            await self._idle.wait()
+
+    def _start_next(self) -> None:
+        while self._running is None and self.executor.ready and self._waiting:
+            waiting = self._waiting.popleft()
+            owner, order = waiting.owner, waiting.order
+            self._last_job += 1
+            threads = self._threads(order.share, self)
+            made = plan(order, self._last_job, threads, owner.book)
+            if made.message is None:
+                self._tell_end(owner, order, made, Outcome.OK)
+                continue
+            self._running = _Running(owner, order, made, self._last_job, threads)
+            self._idle.clear()
+            self.executor.submit(made.message)
+
+    def _on_report(self, report: Step | JobDone) -> None:
+        running = self._running
+        if running is None or report.job != running.job:
+            return
+        if isinstance(report, Step):
+            self._on_step(running, report)
+            return
+        outcome = Outcome.FAILED if report.error else Outcome.OK
+        if isinstance(running.plan.message, PrefillJob) and not report.error:
+            for chunk in running.plan.message.chunks:
+                running.plan.sequences[chunk.slot].computed = chunk.end
+        self._end(running, outcome, report.steps, report.seconds, report.error)
+
+    def _on_step(self, running: _Running, step: Step) -> None:
+        sequences = [running.plan.sequences[slot] for slot in step.slots]
+        decoding = isinstance(running.order, DecodeOrder)
+        for sequence, position, finished in zip(sequences, step.positions, step.finished, strict=True):
+            sequence.known = position + 1
+            sequence.finished = finished != UNFINISHED
+            if decoding:
+                sequence.computed = position
+        numbers = tuple(sequence.number for sequence in sequences)
+        running.owner.send(Tokens(running.order.job, numbers, step))
+        if decoding:
+            # Finished rows have left the executor's batch: their blocks need not wait for the lease's end.
+            for slot, sequence in zip(step.slots, sequences, strict=True):
+                if sequence.finished:
+                    del running.plan.sequences[slot]
+                    running.owner.book.leave(sequence)
+
+    def _on_executor(self) -> None:
+        if self.executor.ready is None and (running := self._running) is not None:
+            self._end(running, Outcome.EXECUTOR_LOST, 0, 0.0, f"the {self.executor.kind} executor died")
+        self._on_change()
+        self._start_next()
+
+    def _end(self, running: _Running, outcome: Outcome, steps: int, seconds: float, error: str) -> None:
+        self._running = None
+        book = running.owner.book
+        if outcome is not Outcome.OK:
+            book.close(sequence.number for sequence in running.plan.sequences.values())
+        for sequence in running.plan.sequences.values():
+            book.leave(sequence)
+        self._tell_end(running.owner, running.order, running.plan, outcome, steps, seconds, error)
+        self._idle.set()
+        self._start_next()
+
+    def _tell_end(
+        self,
+        owner: JobOwner,
+        order: Order,
+        made: Plan,
+        outcome: Outcome,
+        steps: int = 0,
+        seconds: float = 0.0,
+        error: str = "",
+    ) -> None:
+        problems = "; ".join(filter(None, [error, *made.problems]))
+        if problems:
+            log.warning(
+                "job trouble", job=order.job, model=order.model, outcome=outcome.name, reason=problems
+            )
+        refused = tuple(made.refused)
+        available = self._pool.available_blocks
+        owner.send(Ended(order.job, outcome, steps, seconds, refused, problems, available))
+
+
+class Lanes:
+    """A prefill lane and a decode lane over one arena, and the split of the cores between them."""
+
+    def __init__(self, options: ExecutorOptions, pool: BlockPool, on_change: Callable[[], None]) -> None:
+        self._cores = options.cores
+        self.prefill = Lane("prefill", options, pool, self._threads, on_change)
+        self.decode = Lane("decode", options, pool, self._threads, on_change)
+
+    @property
+    def executors(self) -> tuple[ExecutorProcess, ExecutorProcess]:
+        """Of prefill and of decode."""
+        return self.prefill.executor, self.decode.executor
+
+    async def start(self) -> None:
+        """Returns when both executors are ready. Raises ExecutorFailed."""
+        await asyncio.gather(*(executor.start() for executor in self.executors))
+
+    async def stop(self) -> None:
+        """End both executors."""
+        await asyncio.gather(*(executor.stop() for executor in self.executors))
+
+    async def drop(self, owner: JobOwner) -> None:
+        """Drop the owner's jobs; returns when none of them runs."""
+        await asyncio.gather(self.prefill.drop(owner), self.decode.drop(owner))
+
+    def _threads(self, share: float, lane: Lane) -> int:
+        """A job's threads: its share of the cores, but no more than the other lane leaves, at least one."""
+        neighbour = self.decode if lane is self.prefill else self.prefill
+        wanted = max(1, round(share * self._cores))
+        return max(1, min(wanted, self._cores - neighbour.threads_in_use))
