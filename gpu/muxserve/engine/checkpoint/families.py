@@ -74,14 +74,18 @@ def spec_of(config: Mapping[str, object], dtype: DType, eos_token_ids: tuple[int
     """
     outer = Fields(config, "config.json:")
     family = family_of(outer)
-    text = outer
+    fields, tie = outer, None
     if family == "gemma3":
-        text = outer.section("text_config") or Fields({}, "config.json:text_config.")
+        fields = outer.section("text_config") or Fields({}, "config.json:text_config.")
         family = "gemma3_text"
-    fields = text.with_defaults(DEFAULTS[family])
+        # The head belongs to the whole model, so the outer configuration says whether it is tied.
+        tie = outer.flag("tie_word_embeddings", True)
+    fields = fields.with_defaults(DEFAULTS[family])
     if eos_token_ids is None:
         eos_token_ids = (outer if "eos_token_id" in outer else fields).token_ids("eos_token_id")
-    return _build(family, fields, dtype, eos_token_ids)
+    if tie is None:
+        tie = fields.flag("tie_word_embeddings", False)
+    return _build(family, fields, dtype, tie, eos_token_ids)
 
 
 def family_of(fields: Fields) -> str:
@@ -96,7 +100,9 @@ def family_of(fields: Fields) -> str:
     return family
 
 
-def _build(family: str, fields: Fields, dtype: DType, eos_token_ids: tuple[int, ...]) -> ModelSpec:
+def _build(
+    family: str, fields: Fields, dtype: DType, tie: bool, eos_token_ids: tuple[int, ...]
+) -> ModelSpec:
     heads = fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -122,7 +128,7 @@ def _build(family: str, fields: Fields, dtype: DType, eos_token_ids: tuple[int, 
         rms_eps=fields.number("rms_norm_eps", 1e-6),
         activation=_activation(fields, "hidden_activation" if gemma else "hidden_act"),
         attention_scale=scale**-0.5,
-        attention_soft_cap=fields.optional_number("attn_logit_softcapping") if gemma else None,
+        # No attention_soft_cap: attn_logit_softcapping in a Gemma 3 configuration is a leftover of Gemma 2.
         final_soft_cap=fields.optional_number("final_logit_softcapping") if gemma else None,
         embedding_scale=embedding_scale(hidden, dtype) if gemma else 1.0,
         qkv_bias=bias or family == "qwen2",
@@ -130,7 +136,7 @@ def _build(family: str, fields: Fields, dtype: DType, eos_token_ids: tuple[int, 
         mlp_bias=mlp_bias,
         qk_norm=family == "qwen3" or gemma,
         post_norms=gemma,
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        tie_embeddings=tie,
         bos_token_id=fields.optional_integer("bos_token_id", minimum=0),
         eos_token_ids=eos_token_ids,
     )

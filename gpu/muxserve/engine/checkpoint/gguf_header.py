@@ -54,9 +54,9 @@ class GGUFHeader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._size = path.stat().st_size
-        if self._size < len(MAGIC) or path.open("rb").read(len(MAGIC)) != MAGIC:
-            raise CheckpointError("path", f"{path} is not a GGUF file")
         with path.open("rb") as stream:
+            if stream.read(len(MAGIC)) != MAGIC:
+                raise CheckpointError("path", f"{path} is not a GGUF file")
             self.data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = len(MAGIC)
         self.metadata: dict[str, object] = {}

@@ -65,7 +65,6 @@ def spec_of(header: GGUFHeader, dtype: DType) -> ModelSpec:
         rms_eps=round_trip(fields.number("attention.layer_norm_rms_epsilon")),
         activation="gelu_tanh" if gemma else "silu",
         attention_scale=_attention_scale(sizes, hidden, gemma and layers == GEMMA_27B_LAYERS),
-        attention_soft_cap=fields.optional_number("attn_logit_softcapping"),
         final_soft_cap=fields.optional_number("final_logit_softcapping"),
         embedding_scale=embedding_scale(hidden, dtype) if gemma else 1.0,
         qkv_bias=has("blk.0.attn_q.bias"),
