@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Self, TypeVar, Unpack
 
 import grpc
@@ -27,6 +28,12 @@ from .retry import Attempts
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+
+
+def _being_cancelled() -> bool:
+    """Whether a CancelledError is meant for the task, rather than being gRPC's word for a cancelled call."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class AsyncTransport:
@@ -70,6 +77,10 @@ class AsyncTransport:
                     raise failure from error
                 await asyncio.sleep(delay)
                 await self.wait_connected(attempts, failure)
+            except asyncio.CancelledError:
+                if not _being_cancelled():  # but the call is, with its channel
+                    raise Cancelled("the client was closed", code=grpc.StatusCode.CANCELLED) from None
+                raise
 
     async def wait_connected(self, attempts: Attempts, failure: MuxServeError) -> None:
         """Wait until the server can be reached again; `failure` if it cannot."""
@@ -149,7 +160,7 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
                     return None
                 return self._assembly.add(message)
             except asyncio.CancelledError:
-                if self._closed.is_set() and not _being_cancelled():
+                if not _being_cancelled():  # but the call is, by close() or with its channel
                     raise self._cancelled() from None
                 self._cancel()
                 raise
@@ -211,10 +222,10 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-
-def _being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    def __del__(self) -> None:
+        if getattr(self, "_call", None) is not None:
+            with suppress(RuntimeError):  # the event loop is closed, and the call with it
+                self._cancel()
 
 
 async def _drain(stream: AsyncCompletionStream) -> Completion:

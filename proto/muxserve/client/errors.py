@@ -155,9 +155,12 @@ def from_status(
     details = parse(trailer) if trailer else Details()
     kind = _BY_CODE.get(code, InternalError)
     if kind is Overloaded and not trailer and "message larger than max" in message:
-        # gRPC's own limit, on either side, uses the code of a full queue; to the caller it is a bad request.
-        details = Details(violations=(FieldViolation(largest_field, message),))
-        kind = RequestTooLarge
+        # gRPC's own limits use the code of a full queue.
+        if "CLIENT: Received" in message:
+            kind = InternalError
+        else:
+            kind = RequestTooLarge
+            details = Details(violations=(FieldViolation(largest_field, message),))
     text = message or code.name.lower().replace("_", " ")
     return kind(text, code=code, request_id=request_id, details=details)
 

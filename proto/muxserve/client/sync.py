@@ -63,11 +63,17 @@ class Transport:
                 self.wait_connected(attempts, failure)
 
     def wait_connected(self, attempts: Attempts, failure: MuxServeError) -> None:
-        """Wait until the server can be reached again; `failure` if it cannot."""
+        """Wait until the server can be reached again; `failure` if it cannot.
+
+        Any answer to a health check will do. (`grpc.channel_ready_future` would leave a thread behind that
+        fails with a traceback if the channel is closed within the next 200 ms.)
+        """
+        probe = self.channel.unary_unary("/grpc.health.v1.Health/Check")
         try:
-            grpc.channel_ready_future(self.channel).result(attempts.connect_timeout(time.monotonic()))
-        except grpc.FutureTimeoutError:
-            raise failure from failure.__cause__
+            probe(b"", timeout=attempts.connect_timeout(time.monotonic()), wait_for_ready=True)
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise failure from failure.__cause__
 
 
 class CompletionStream(Iterator[Chunk]):

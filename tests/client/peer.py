@@ -1,0 +1,250 @@
+"""A gRPC server that plays gateway and placement by a script, for the SDK to be tested against."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from google.protobuf import duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from muxserve.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    common_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+    scheduler_pb2,
+    worker_pb2,
+)
+
+Script = Callable[
+    [inference_pb2.GenerateRequest, grpc.ServicerContext], Iterable[inference_pb2.GenerateResponse]
+]
+
+
+def answer(
+    pieces: Iterable[str],
+    request_id: str = "",
+    finish: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_STOP,
+) -> Iterator[inference_pb2.GenerateResponse]:
+    """One token per piece of text, then the end."""
+    index = 0
+    for index, text in enumerate(pieces, 1):
+        yield inference_pb2.GenerateResponse(
+            request_id=request_id, index=index - 1, token_ids=[100 + index], text=text
+        )
+    yield inference_pb2.GenerateResponse(
+        request_id=request_id,
+        index=index,
+        finish_reason=finish,
+        usage=common_pb2.Usage(prompt_tokens=7, completion_tokens=index),
+    )
+
+
+def refusal(
+    code: grpc.StatusCode,
+    message: str = "no",
+    *,
+    field: str = "",
+    retry_after: float | None = None,
+    request_id: str = "req-of-server",
+) -> grpc.Status:
+    """A status with details as the gateway makes them, by the public packages that the SDK does without."""
+    status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=message)
+    status.details.add().Pack(
+        error_details_pb2.ErrorInfo(reason="BECAUSE", domain="muxserve", metadata={"request_id": request_id})
+    )
+    if field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description="is wrong")
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(retry_after * 1e9))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return rpc_status.to_status(status)
+
+
+class Peer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc.AdminServiceServicer):
+    """Answers as `script` says and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.script: Script = lambda request, _: answer(["Hello", " world"], request.request_id)
+        self.requests: list[inference_pb2.GenerateRequest] = []
+        self.metadata: list[tuple[str, str | bytes]] = []
+        self.calls: set[str] = set()
+        self.ended = threading.Event()
+        """Set when a generation has ended on the server, however it did."""
+        self.refuse: list[grpc.Status] = []
+        """Statuses for the next calls that are not generations."""
+        self.quota: admin_pb2.SetQuotaRequest | None = None
+
+    def _called(self, name: str, context: grpc.ServicerContext) -> None:
+        self.calls.add(name)
+        if self.refuse:
+            context.abort_with_status(self.refuse.pop(0))
+
+    def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        self.calls.add("Generate")
+        self.requests.append(request)
+        self.metadata = list(context.invocation_metadata())
+        context.add_callback(self.ended.set)
+        yield from self.script(request, context)
+
+    def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.ListModelsResponse:
+        self._called("ListModels", context)
+        return inference_pb2.ListModelsResponse(models=[_model("a"), inference_pb2.Model(name="b")])
+
+    def GetModel(
+        self, request: inference_pb2.GetModelRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.GetModelResponse:
+        self._called("GetModel", context)
+        return inference_pb2.GetModelResponse(model=_model(request.name))
+
+    def GetStatus(
+        self, request: admin_pb2.GetStatusRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.GetStatusResponse:
+        self._called("GetStatus", context)
+        return STATUS
+
+    def GetPlacement(
+        self, request: admin_pb2.GetPlacementRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.GetPlacementResponse:
+        self._called("GetPlacement", context)
+        return admin_pb2.GetPlacementResponse(placement=STATUS.placement)
+
+    def GetQuotas(
+        self, request: admin_pb2.GetQuotasRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.GetQuotasResponse:
+        self._called("GetQuotas", context)
+        quotas = admin_pb2.Quotas(unit=request.unit or "unit-0", revision=3, blocks={"a": 10, "b": 20})
+        return admin_pb2.GetQuotasResponse(quotas=quotas)
+
+    def SetQuota(
+        self, request: admin_pb2.SetQuotaRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.SetQuotaResponse:
+        self.quota = request
+        self._called("SetQuota", context)
+        quotas = admin_pb2.Quotas(unit=request.unit, revision=4, blocks={request.model: request.blocks})
+        return admin_pb2.SetQuotaResponse(quotas=quotas)
+
+
+def _model(name: str) -> inference_pb2.Model:
+    return inference_pb2.Model(
+        name=name,
+        state=inference_pb2.MODEL_STATE_READY,
+        context_length=2048,
+        architecture="llama",
+        dtype="float32",
+        chat=True,
+    )
+
+
+STATUS = admin_pb2.GetStatusResponse(
+    placement=admin_pb2.Placement(
+        epoch=5,
+        units=[
+            admin_pb2.Unit(
+                unit="unit-0",
+                worker_id="worker-0",
+                worker_address="127.0.0.1:9000",
+                worker_incarnation="w1",
+                models=[
+                    admin_pb2.PlacedModel(
+                        config=common_pb2.ModelConfig(name="a", path="/a.gguf", dtype="float32"),
+                        state=inference_pb2.MODEL_STATE_READY,
+                        shape=common_pb2.ModelShape(architecture="llama", layers=30, head_dim=64),
+                    ),
+                    admin_pb2.PlacedModel(
+                        config=common_pb2.ModelConfig(name="b", path="/b"),
+                        state=inference_pb2.MODEL_STATE_LOADING,
+                    ),
+                ],
+            )
+        ],
+        unplaced=[
+            admin_pb2.PlacedModel(
+                config=common_pb2.ModelConfig(name="c", path="/nowhere"),
+                state=inference_pb2.MODEL_STATE_FAILED,
+                reason="no such file",
+                field="path",
+            )
+        ],
+    ),
+    units=[
+        scheduler_pb2.UnitStatus(
+            unit="unit-0",
+            connected=True,
+            policy="adbs",
+            models=[
+                scheduler_pb2.UnitModelStatus(
+                    model="a", running=3, waiting=2, quota_blocks=10, preemptions=1, generated_tokens=99
+                )
+            ],
+            prefill_jobs=7,
+            decode_jobs=8,
+        )
+    ],
+    workers=[
+        worker_pb2.WorkerInfo(
+            worker_id="worker-0",
+            incarnation="w1",
+            device="cpu",
+            compute_units=2,
+            partition="threads",
+            pool=worker_pb2.PoolState(
+                block_bytes=8192,
+                total_blocks=1000,
+                free_blocks=900,
+                cached_blocks=5,
+                models=[
+                    worker_pb2.ModelBlocks(
+                        model="a", held_blocks=95, quota_blocks=10, borrowed_blocks=85, peak_blocks=120
+                    )
+                ],
+            ),
+            executors=[worker_pb2.ExecutorInfo(kind="decode", pid=42, restarts=1)],
+        )
+    ],
+    services=[
+        admin_pb2.ServiceEntry(kind="gateway", id="g", address="127.0.0.1:8600", incarnation="1", pid=7)
+    ],
+)
+
+
+class Server:
+    """A running `Peer`. `address` stays the same over `stop()` and `start()`."""
+
+    def __init__(self, *, max_receive_bytes: int = 4 * 2**20) -> None:
+        self.peer = Peer()
+        self._options = [("grpc.max_receive_message_length", max_receive_bytes), ("grpc.so_reuseport", 0)]
+        self._port = 0
+        self._server: grpc.Server | None = None
+        self.start()
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Serve."""
+        server = grpc.server(ThreadPoolExecutor(8), options=self._options)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.peer, server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self.peer, server)
+        self._port = server.add_insecure_port(self.address)
+        server.start()
+        self._server = server
+
+    def stop(self) -> None:
+        """End calls that are open, and serve no more."""
+        if self._server is not None:
+            self._server.stop(None).wait()
+            self._server = None
