@@ -68,7 +68,9 @@ class Transport:
         Any answer to a health check will do. (`grpc.channel_ready_future` would leave a thread behind that
         fails with a traceback if the channel is closed within the next 200 ms.)
         """
-        probe = self.channel.unary_unary("/grpc.health.v1.Health/Check")
+        probe: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self.channel.unary_unary(
+            "/grpc.health.v1.Health/Check"
+        )
         try:
             probe(b"", timeout=attempts.connect_timeout(time.monotonic()), wait_for_ready=True)
         except grpc.RpcError as error:
