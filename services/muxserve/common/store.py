@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from muxserve.common.errors import Unavailable
 
@@ -31,6 +32,8 @@ def connect(url: str) -> Redis:
         socket_connect_timeout=TIMEOUT,
         socket_keepalive=True,
         retry=Retry(NoBackoff(), 0),
+        # With them on, the client does not notice that a pooled connection was closed until it is used.
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
         client_name="muxserve",
     )
 

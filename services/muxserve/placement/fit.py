@@ -79,12 +79,13 @@ def _fill(demands: Sequence[Demand], capacities: Sequence[Capacity], choice: _Ch
     assigned: dict[str, str] = {}
     refused: dict[str, Refusal] = {}
     for demand in sorted(demands, key=lambda d: (-max(d.weight_bytes.values(), default=0), d.name)):
-        open_bins = [bin for bin in bins if demand.weight_bytes.get(bin.worker, float("inf")) <= bin.room]
+        sizes = demand.weight_bytes
+        open_bins = [bin for bin in bins if bin.worker in sizes and sizes[bin.worker] <= bin.room]
         if not open_bins:
             refused[demand.name] = _refusal(demand, bins)
             continue
         best = min(open_bins, key=choice)
-        best.room -= demand.weight_bytes[best.worker]
+        best.room -= sizes[best.worker]
         best.load += demand.load
         assigned[demand.name] = best.worker
     return Fit(assigned, refused)

@@ -85,8 +85,8 @@ class Reconciler:
             pass
 
     async def _round(self) -> None:
-        stored = await self._store.read()
         workers = {entry.id: entry for entry in await self._registry.list("worker")}
+        stored = await self._store.read()
         if self._plan is None:
             self._plan = from_document(stored, self._settings.models)
         for absent in self._plan.workers.keys() - workers.keys():
