@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -247,33 +248,31 @@ def test_bad_arguments_are_named() -> None:
             call("unknown")
 
 
-def test_check_integrity_sees_every_kind_of_damage() -> None:
-    def damaged() -> BlockPool:
-        pool = make_pool(24, s=24)
-        ids = pool.allocate("s", 4)
-        pool.publish("s", [b"0", b"1"], ids[:2])
-        pool.free("s", ids[:1])
-        pool.check_integrity()
-        return pool
+DAMAGE: dict[str, Callable[[BlockPool], object]] = {
+    "a block twice on the stack": lambda p: p._stack.__setitem__(0, p._stack[1]),
+    "a block lost": lambda p: setattr(p, "_free", p._free - 1),
+    "a block in two groups": lambda p: p._head.__setitem__(3, 4),
+    "a block's place wrong": lambda p: p._place.__setitem__(3, 0),
+    "a reference too many": lambda p: p._references.__setitem__(0, 1),
+    "a reference lost": lambda p: p._references.__setitem__(4, 0),
+    "a reference inside a group": lambda p: p._references.__setitem__(5, 1),
+    "an owner unknown": lambda p: p._owner.__setitem__(4, 7),
+    "held miscounted": lambda p: setattr(p._models["s"], "held", 2),
+    "cached miscounted": lambda p: setattr(p._prefixes, "cached_blocks", 4),
+    "published, not indexed": lambda p: p._prefixes.published.__setitem__(4, True),
+}
 
-    damage = {
-        "a block twice on the stack": lambda p: p._stack.__setitem__(0, p._stack[1]),
-        "a block lost": lambda p: setattr(p, "_free", p._free - 1),
-        "a block in two groups": lambda p: p._head.__setitem__(3, 4),
-        "a reference too many": lambda p: p._references.__setitem__(0, 1),
-        "a reference lost": lambda p: p._references.__setitem__(4, 0),
-        "a reference inside a group": lambda p: p._references.__setitem__(5, 1),
-        "an owner unknown": lambda p: p._owner.__setitem__(4, 7),
-        "held miscounted": lambda p: setattr(p._models["s"], "held", 2),
-        "cached miscounted": lambda p: setattr(p._prefixes, "cached_blocks", 4),
-        "published, not indexed": lambda p: p._prefixes.published.__setitem__(4, True),
-    }
-    for name, act in damage.items():
-        pool = damaged()
-        act(pool)
-        with pytest.raises(PoolIntegrityError):
-            pool.check_integrity()
-            pytest.fail(name)
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_check_integrity_sees_every_kind_of_damage(damage: str) -> None:
+    pool = make_pool(24, s=24)
+    ids = pool.allocate("s", 4)
+    pool.publish("s", [b"0", b"1"], ids[:2])
+    pool.free("s", ids[:1])
+    pool.check_integrity()
+    DAMAGE[damage](pool)
+    with pytest.raises(PoolIntegrityError):
+        pool.check_integrity()
 
 
 def test_a_step_of_64_sequences_costs_well_under_a_millisecond() -> None:

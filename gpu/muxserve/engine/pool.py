@@ -308,6 +308,10 @@ class BlockPool:
             yield "a group has more or fewer blocks than its model's block group"
         if (self._references < 0).any() or self._references[self._head != np.arange(self.blocks)].any():
             yield "a count of references is negative or not at the first block of a group"
+        places = np.lexsort((self._place[used], self._head[used]))  # by group, then by place
+        first = np.repeat(np.cumsum(sizes) - sizes, sizes)
+        if not np.array_equal(self._place[used][places], np.arange(used.size) - first):
+            yield "a group's blocks are not numbered from 0 on"
         cached = heads[self._references[heads] == 0]
         yield from self._prefixes.faults(self._owner, cached)
 
