@@ -33,6 +33,11 @@ _SCORE_ELEMENTS = 1 << 19
 _IN_PLACE_WORK = 1 << 14
 """Queries x context x heads up to which reading in place costs less than a copy and a few torch calls."""
 
+_SERIAL_WORK = 1 << 13
+"""Queries x context x heads up to which waking another thread costs more than it brings."""
+
+_NO_WINDOW = 1 << 62
+
 _POOL_THREADS = numba.get_num_threads()
 """Threads in numba's pool, fixed for the life of the process: the cores that it may run on."""
 
@@ -108,6 +113,7 @@ class CpuKernels:
         out: Tensor,
     ) -> None:
         """Fill `out` for the query tokens `chosen` (indices)."""
+        positions = batch.positions.numpy()
         arguments = (
             _raw(cache),
             np.uint32(_word(cache.layout)[1]),
@@ -115,14 +121,15 @@ class CpuKernels:
             cache.layout.tokens_per_block,
             cache.table[layer].numpy(),
             batch.token_slots.numpy(),
-            batch.positions.numpy(),
+            positions,
             chosen,
             query.numpy(),
             np.float32(scale),
             np.float32(soft_cap or 0.0),
-            batch.max_context if window is None else window,
+            _NO_WINDOW if window is None else window,
         )
-        threads = min(torch.get_num_threads(), _POOL_THREADS)
+        work = int((positions[chosen] + 1).sum()) * query.shape[1]
+        threads = min(torch.get_num_threads(), _POOL_THREADS) if work > _SERIAL_WORK else 1
         if threads == 1:
             missing = cpu_compiled.attend(*arguments, 0, chosen.size * cache.layout.kv_heads, out.numpy())
         else:

@@ -36,7 +36,12 @@ def _compiled(*signatures: str, parallel: bool = False) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         def compile_(cache: bool) -> Any:
             return numba.njit(
-                list(signatures), cache=cache, nogil=True, parallel=parallel, fastmath=_FASTMATH
+                list(signatures),
+                cache=cache,
+                nogil=True,
+                parallel=parallel,
+                fastmath=_FASTMATH,
+                error_model="numpy",
             )(function)
 
         try:
@@ -113,7 +118,7 @@ def _soften(
 @_compiled(
     *(
         f"int64({word}[::1], uint32, int64, int64, int32[:], int64, int64, float32[:, ::1], float32, float32,"
-        " float32[:, ::1])"
+        " float32[:, ::1], float32[:, ::1], float32[::1], float32[::1], uint32[::1])"
         for word in ("uint16", "uint32")
     )
 )
@@ -128,19 +133,22 @@ def _attend_one(
     query: Array,
     scale: float,
     soft_cap: float,
-    out: Array,
+    acc: Array,
+    scores: Array,
+    top: Array,
+    total: Array,
+    bits: Array,
 ) -> int:
-    """One sequence, one KV head: its group of queries `[G, D]` over keys `[low, context)`; out `[G, D]`.
+    """One token, one KV head: its queries `[G, D]` over keys `[low, context)`; the result is `acc`.
 
     Four keys at a time: each is widened once for the whole group, and a pass over `acc` is paid once in four.
-    Rows past the last key are zeros, never what the block holds there. Returns 1 if a span has no block.
+    Rows past the last key are zeros, never what the block holds there. Scratch: `scores` `[G, >= T + 3]`,
+    `top` and `total` `[G]`, `bits` `[4 * D]`. Returns 1 if a span has no block.
     """
     group, dim = query.shape
-    scores = np.zeros((group, (tokens_per_block + 3) // 4 * 4), np.float32)
-    acc = np.zeros((group, dim), np.float32)
-    top = np.full(group, -np.inf, np.float32)
-    total = np.zeros(group, np.float32)
-    bits = np.zeros(4 * dim, np.uint32)
+    acc[:] = 0
+    top[:] = -np.inf
+    total[:] = 0
     rows = bits.view(np.float32)
     row0, row1, row2, row3 = rows[:dim], rows[dim : 2 * dim], rows[2 * dim : 3 * dim], rows[3 * dim :]
     zero = np.float32(0.0)
@@ -173,7 +181,7 @@ def _attend_one(
                     sums[d] += p0 * row0[d] + p1 * row1[d] + p2 * row2[d] + p3 * row3[d]
     for g in range(group):
         for d in range(dim):
-            out[g, d] = acc[g, d] / total[g]
+            acc[g, d] /= total[g]
     return 0
 
 
@@ -203,13 +211,18 @@ def attend(
     end: int,
     out: Array,
 ) -> int:
-    """Query tokens in place, on this thread: tasks `[begin, end)`; one is `i * kv_heads + head`, of `chosen[i]`.
+    """Query tokens in place, on this thread: tasks `[begin, end)`.
 
-    table: `[slots, kv_heads, spans]`. slots, positions: int64 `[N]`, of every token; chosen: int64, indices
-    into those. query, out: float32 `[N, heads, D]`. Returns how many tasks met a span without a block.
+    Task `i * kv_heads + head` is that KV head of token `chosen[i]`. table: `[slots, kv_heads, spans]`. slots,
+    positions: int64 `[N]`, of every token; chosen: int64, indices into those.
+    query, out: float32 `[N, heads, D]`. Returns how many tasks met a span without a block.
     """
     kv_heads = table.shape[1]
     group = query.shape[1] // kv_heads
+    scores = np.empty((group, tokens_per_block + 3), np.float32)
+    top = np.empty(group, np.float32)
+    total = np.empty(group, np.float32)
+    bits = np.empty(4 * query.shape[2], np.uint32)
     missing = 0
     for task in range(begin, end):
         n, head = chosen[task // kv_heads], task % kv_heads
@@ -226,6 +239,10 @@ def attend(
             scale,
             soft_cap,
             out[n, first : first + group],
+            scores,
+            top,
+            total,
+            bits,
         )
     return missing
 
