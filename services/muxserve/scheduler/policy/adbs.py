@@ -1,0 +1,152 @@
+"""ADBS: adaptive batch scheduling (Algorithm 3 of the MuxServe paper), by blocks.
+
+Prefill first, round-robin over models, one prefill job at a time. A prompt that its model is entitled to
+begin (within the model's quota, or the model holds nothing) but that does not fit stops every other
+admission, and the admission of sequences to decode where that would take blocks, until it fits; models
+above their quota give their newest sequences back for it. What fits beyond a quota is borrowed. Then decode
+jobs, round-robin. Quotas follow use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from muxserve.scheduler.policy import quotas
+from muxserve.scheduler.policy.interface import (
+    AdaptQuotas,
+    Decision,
+    JobEnded,
+    ModelSnapshot,
+    PolicyOptions,
+    Running,
+    Snapshot,
+    Waiting,
+)
+from muxserve.scheduler.policy.pace import PrefillPace
+from muxserve.scheduler.policy.plan import Plan, rotated
+
+
+class Adbs:
+    """The policy's memory: whose turn it is, what waits, and how quotas were used."""
+
+    name = "adbs"
+
+    def __init__(self, options: PolicyOptions) -> None:
+        self._options = options
+        self._pace = PrefillPace(options)
+        self._last_prefill = ""
+        self._last_decode = ""
+        self._prefill_waiting: str | None = None
+        """Model whose prompt is entitled to begin and does not fit."""
+        self._use: dict[str, float] = {}
+        """Block-seconds held since the last adaptation."""
+        self._wanting: set[str] = set()
+        """Models that had requests waiting since then."""
+        self._adapted = self._seen = float("-inf")
+        self._held: dict[str, int] = {}
+
+    def decide(self, snapshot: Snapshot, now: float) -> Sequence[Decision]:
+        """See `Policy`."""
+        plan = Plan(snapshot, self._options, self._quotas(snapshot, now))
+        if plan.quotas != {m.model: m.quota for m in snapshot.models}:
+            plan.decisions.append(AdaptQuotas(plan.quotas))
+        if not plan.prefilling:
+            self._prefill(plan)
+        self._decode(plan)
+        plan.end_leases(lambda model, running: not self._paused(plan, model, running))
+        return plan.decisions
+
+    def observe(self, event: JobEnded) -> None:
+        """See `Policy`."""
+        self._pace.observe(event)
+
+    def _prefill(self, plan: Plan) -> None:
+        order = [plan.models[name] for name in rotated(plan.models, self._last_prefill)]
+        order.sort(key=lambda m: m.model != self._prefill_waiting)  # stable: the one that waits comes first
+        self._prefill_waiting = None
+        for admit in (self._entitled, self._borrowing):
+            for model in order:
+                queue = plan.queue(model)
+                if self._prefill_waiting:
+                    queue = [w for w in queue if w.open]
+                chunks = plan.chunks(
+                    model,
+                    queue,
+                    self._pace.budget(model.model),
+                    lambda m, w, need, admit=admit: admit(plan, m, w, need),  # type: ignore[misc]
+                )
+                if chunks:
+                    plan.prefill(model, chunks)
+                    self._last_prefill = model.model
+                    return
+
+    def _entitled(self, plan: Plan, model: ModelSnapshot, waiting: Waiting, need: int) -> bool:
+        """Whether an entitled prompt may begin. One that does not fit waits at the head of the whole unit."""
+        held = plan.held[model.model]
+        if held and held + need > plan.quotas[model.model]:
+            return False
+        needed = need + plan.headroom()
+        if needed > plan.available + plan.incoming:
+            plan.reclaim(model, needed - plan.available - plan.incoming)
+        if needed <= plan.available:
+            return True
+        self._prefill_waiting = model.model
+        return False
+
+    def _borrowing(self, plan: Plan, model: ModelSnapshot, waiting: Waiting, need: int) -> bool:
+        """Whether a prompt may begin with blocks that nobody entitled to them wants now."""
+        return self._prefill_waiting is None and need + plan.headroom() <= plan.available
+
+    def _decode(self, plan: Plan) -> None:
+        settled = False
+        while not settled:
+            decided = len(plan.decisions)
+            for name in rotated(plan.decodable(), self._last_decode):
+                model = plan.models[name]
+                batch = [r for r in plan.idle(model) if not self._paused(plan, model, r)]
+                if batch and plan.decode(model, batch):
+                    self._last_decode = name
+                    break
+            # A preemption alone may let somebody decode who was passed over.
+            settled = len(plan.decisions) == decided
+
+    def _paused(self, plan: Plan, model: ModelSnapshot, running: Running) -> bool:
+        """Whether a sequence that has not decoded yet has to leave its blocks to the prefill that waits.
+
+        Nobody is paused when nothing decodes: blocks would never come back.
+        """
+        if self._prefill_waiting is None or running.decoded or plan.growth(model, running, 1) == 0:
+            return False
+        return any(r.decoded for m in plan.models.values() for r in plan.idle(m, in_jobs=True))
+
+    def _quotas(self, snapshot: Snapshot, now: float) -> dict[str, int]:
+        """Quotas to plan with: new if a model has none yet, or adapted if it is time."""
+        models, total = snapshot.models, snapshot.pool.total
+        current = {m.model: m.quota for m in models if m.quota is not None}
+        if len(current) < len(models):
+            self._start_over(models, now)
+            return quotas.initial(models, total, self._options.min_share)
+        if self._adapted == float("-inf") or set(self._held) != set(current):
+            self._start_over(models, now)
+            return current
+        for m in models:
+            self._use[m.model] += self._held[m.model] * (now - self._seen)
+            self._held[m.model] = m.held
+            if any(not w.open for w in m.waiting):
+                self._wanting.add(m.model)
+        self._seen = now
+        elapsed = now - self._adapted
+        if elapsed < self._options.adapt_seconds:
+            return current
+        free = [m for m in models if not m.pinned_quota]
+        use = {m.model: self._use[m.model] / elapsed for m in free}
+        least = quotas.floor(len(free), total, self._options.min_share)
+        wanting = self._wanting
+        self._start_over(models, now)
+        return quotas.adapted(current, use, wanting, least)
+
+    def _start_over(self, models: Sequence[ModelSnapshot], now: float) -> None:
+        self._use = dict.fromkeys((m.model for m in models), 0.0)
+        self._held = {m.model: m.held for m in models}
+        self._wanting = set()
+        self._adapted = self._seen = now

@@ -1,0 +1,34 @@
+"""How fast prefill jobs run, learned from those that ended."""
+
+from __future__ import annotations
+
+from muxserve.scheduler.policy.interface import JobEnded, PolicyOptions
+
+FIRST = 128
+"""Tokens of a model's first prefill jobs, before anything is known."""
+LEAST = 32
+"""Smaller jobs waste more than they give back."""
+MEMORY = 0.5
+"""Weight of the newest observation."""
+
+
+class PrefillPace:
+    """Tokens that a prefill job of a model may have, so that it takes about `chunk_seconds`."""
+
+    def __init__(self, options: PolicyOptions) -> None:
+        self._options = options
+        self._speed: dict[str, float] = {}
+
+    def observe(self, event: JobEnded) -> None:
+        """Learn from a prefill job. Small ones say little about speed: their overhead dominates."""
+        if event.kind != "prefill" or event.tokens < LEAST or event.seconds <= 0:
+            return
+        speed = event.tokens / event.seconds
+        before = self._speed.get(event.model, speed)
+        self._speed[event.model] = before + MEMORY * (speed - before)
+
+    def budget(self, model: str) -> int:
+        """Prompt tokens that the next prefill job of `model` may have."""
+        speed = self._speed.get(model)
+        wanted = FIRST if speed is None else int(speed * self._options.chunk_seconds)
+        return max(1, min(self._options.chunk_tokens, max(LEAST, wanted)))

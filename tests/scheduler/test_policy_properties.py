@@ -1,0 +1,91 @@
+"""Whatever the load, a policy keeps the books and brings every request to its end."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muxserve.scheduler.policy import POLICIES, create
+from muxserve.scheduler.policy.interface import PolicyOptions
+from tests.scheduler.world import Shape, World
+
+OPTIONS = PolicyOptions(chunk_tokens=24, chunk_seconds=10, lease_steps=4, adapt_seconds=3)
+
+shapes = st.builds(
+    Shape, st.integers(1, 8), st.integers(1, 6), st.integers(1, 5), st.sampled_from([0.0, 1.0, 9.0])
+)
+loads = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(1, 40), st.integers(1, 30), st.integers(0, 40)),
+    min_size=1,
+    max_size=14,
+)
+worlds = st.tuples(
+    st.sampled_from(sorted(POLICIES)),
+    st.lists(shapes, min_size=1, max_size=3),
+    loads,
+    st.floats(1.0, 4.0),
+    st.integers(0, 2**32),
+)
+
+
+def run(
+    name: str, shape_list: list[Shape], load: list[tuple[int, int, int, int]], room: float, seed: int
+) -> World:
+    """Play a load in random order of events until all is done; asserts that it ends."""
+    shapes = {f"m{index}": shape for index, shape in enumerate(shape_list)}
+    due = sorted((at, f"m{which % len(shapes)}", prompt, output) for which, prompt, output, at in load)
+    largest = max(
+        -(-(prompt + output) // shapes[model].tokens_per_block) * shapes[model].blocks_per_span
+        for _, model, prompt, output in due
+    )
+    world = World(create(name, OPTIONS), int(largest * room), shapes)
+    order = random.Random(seed)
+    budget = 40 * sum(prompt + output for _, _, prompt, output in due) * len(due) + 200
+    while due or world.requests:
+        while due and due[0][0] <= world.now:
+            world.add(*due.pop(0)[1:])
+        world.decide()
+        assert world.jobs or not world.requests, "with work to do, something runs"
+        if world.jobs:
+            world.advance(world.jobs[order.choice(sorted(world.jobs))])
+            world.check()
+        world.now += 1 if world.jobs or not due else due[0][0] - world.now
+        budget -= 1
+        assert budget > 0, "livelock"
+    assert world.available == world.total
+    return world
+
+
+@settings(max_examples=400, deadline=None)
+@given(worlds)
+def test_every_request_finishes_and_blocks_never_exceed_the_pool(case: tuple) -> None:
+    world = run(*case)
+    assert len(world.finished) == len(case[2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(worlds)
+def test_the_same_events_lead_to_the_same_decisions(case: tuple) -> None:
+    assert run(*case).log == run(*case).log
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_an_endless_flood_of_one_model_does_not_starve_another(name: str) -> None:
+    world = World(create(name, OPTIONS), 60, {"cold": Shape(4, 2, 4), "hot": Shape(4, 2, 16)})
+    order = random.Random(1)
+    cold = None
+    for step in range(3000):
+        while sum(r.model == "hot" for r in world.requests.values()) < 24:
+            world.add("hot", 10, 20)
+        if step == 100:
+            # Three quarters of the arena, and more than its quota.
+            cold = world.add("cold", 60, 30)
+        world.decide()
+        world.advance(world.jobs[order.choice(sorted(world.jobs))])
+        world.now += 0.1
+        if cold is not None and cold.done:
+            return
+    pytest.fail("the cold model's request never finished")
