@@ -38,6 +38,8 @@ class ServiceError(Exception):
     code = grpc.StatusCode.UNKNOWN
     retry_after: float | None = None
     """Seconds after which a retry makes sense, where that is known."""
+    request_id = ""
+    """The request that it ended, where there is one; set by whoever knows."""
 
     def details(self) -> Iterator[message.Message]:
         """google.rpc detail messages beyond ErrorInfo."""

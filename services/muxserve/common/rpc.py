@@ -59,7 +59,7 @@ def _unary(inner: Any, method: str) -> Any:
         try:
             return await inner(request, context)
         except ServiceError as error:
-            await context.abort_with_status(to_status(error, _request_id(error)))
+            await context.abort_with_status(to_status(error, error.request_id))
         except (grpc.aio.AbortError, grpc.aio.UsageError):
             raise
         except Exception:
@@ -75,7 +75,7 @@ def _streaming(inner: Any, method: str) -> Any:
             async for response in inner(request, context):
                 yield response
         except ServiceError as error:
-            await context.abort_with_status(to_status(error, _request_id(error)))
+            await context.abort_with_status(to_status(error, error.request_id))
         except (grpc.aio.AbortError, grpc.aio.UsageError):
             raise
         except Exception:
@@ -83,11 +83,6 @@ def _streaming(inner: Any, method: str) -> Any:
             await context.abort_with_status(to_status(Internal("internal error; the service's log has it")))
 
     return call
-
-
-def _request_id(error: ServiceError) -> str:
-    """The id that the gateway attached to the error, if it did."""
-    return str(getattr(error, "request_id", ""))
 
 
 class RpcServer:
