@@ -249,14 +249,14 @@ def test_bad_arguments_are_named() -> None:
 
 
 DAMAGE: dict[str, Callable[[BlockPool], object]] = {
-    "a block twice on the stack": lambda p: p._stack.__setitem__(0, p._stack[1]),
-    "a block lost": lambda p: setattr(p, "_free", p._free - 1),
-    "a block in two groups": lambda p: p._head.__setitem__(3, 4),
-    "a block's place wrong": lambda p: p._place.__setitem__(3, 0),
-    "a reference too many": lambda p: p._references.__setitem__(0, 1),
-    "a reference lost": lambda p: p._references.__setitem__(4, 0),
-    "a reference inside a group": lambda p: p._references.__setitem__(5, 1),
-    "an owner unknown": lambda p: p._owner.__setitem__(4, 7),
+    "a block twice on the stack": lambda p: p._groups._stack.__setitem__(0, p._groups._stack[1]),
+    "a block lost": lambda p: setattr(p._groups, "free", p._groups.free - 1),
+    "a block in two groups": lambda p: p._groups._head.__setitem__(3, 4),
+    "a block's place wrong": lambda p: p._groups._place.__setitem__(3, 0),
+    "a reference too many": lambda p: p._groups.references.__setitem__(0, 1),
+    "a reference lost": lambda p: p._groups.references.__setitem__(4, 0),
+    "a reference inside a group": lambda p: p._groups.references.__setitem__(5, 1),
+    "an owner unknown": lambda p: p._groups.owner.__setitem__(4, 7),
     "held miscounted": lambda p: setattr(p._models["s"], "held", 2),
     "cached miscounted": lambda p: setattr(p._prefixes, "cached_blocks", 4),
     "published, not indexed": lambda p: p._prefixes.published.__setitem__(4, True),

@@ -19,8 +19,8 @@ from hypothesis.stateful import (
     rule,
 )
 
+from muxserve.engine.groups import BlockIds
 from muxserve.engine.pool import BlockPool, InvalidGroups, ModelBusy, OutOfBlocks
-from muxserve.engine.prefixes import BlockIds
 from muxserve.engine.spec import KVLayout
 
 NAMES = ("a", "b", "c")
@@ -165,7 +165,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.free(sequence.model, sequence.ids())
         for group in sequence.groups:
             group.references -= 1
-        for group in reversed([g for g in sequence.groups if not g.references]):
+        gone = {g.blocks: g for g in sequence.groups if not g.references}  # a lookup may find a group twice
+        for group in reversed(gone.values()):
             if group.span_hash is None:
                 self.forget(group)
             else:

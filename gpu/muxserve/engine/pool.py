@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from muxserve.engine.prefixes import BlockIds, PrefixIndex
+from muxserve.engine.groups import BlockGroups, BlockIds
+from muxserve.engine.prefixes import PrefixIndex
 from muxserve.engine.spec import KVLayout
 
 
@@ -82,11 +83,9 @@ class _Model:
 class BlockPool:
     """Blocks `0 … blocks - 1`. A block is free, held, or cached; free + held + cached = blocks.
 
-    References are counted per block group, at the group's first block: the blocks of a group are allocated,
-    shared and freed together, so one count says all, and a sequence of 1,000 blocks costs a dozen. A *held*
-    group has at least one reference. A group without any goes back to the free stack or, if it was published
-    to the prefix index, becomes *cached*: free memory for any model, taken back group by group, least
-    recently used first, when the stack alone cannot serve an allocation.
+    A group is *held* while it has references. Without any it goes back to the free stack or, if it was
+    published to the prefix index, becomes *cached*: free memory for any model, taken back group by group,
+    least recently used first, when the stack alone cannot serve an allocation.
 
     Quotas: within its quota a model gets any free block. Above it, only with `borrow=True`, and then any free
     block too: what others' quotas leave unused is not kept back for them, since that would be the static
@@ -98,19 +97,8 @@ class BlockPool:
     """
 
     def __init__(self, blocks: int) -> None:
-        if not 0 < blocks <= np.iinfo(np.int32).max:
-            raise ValueError(f"blocks: {blocks} is not between 1 and 2**31 - 1")
         self.blocks = blocks
-        # Last in, first out: memory that was touched lately is used again, and an arena of which little is
-        # used has few pages. The top is at `_free - 1`; the lowest ids are on top at first.
-        self._stack = np.arange(blocks - 1, -1, -1, dtype=np.int32)
-        self._free = blocks
-        # Per block: the first block of its group (-1 = free), and its place in that group.
-        self._head = np.full(blocks, -1, dtype=np.int32)
-        self._place = np.zeros(blocks, dtype=np.int32)
-        # Per group, at its first block; -1 and 0 anywhere else.
-        self._owner = np.full(blocks, -1, dtype=np.int32)
-        self._references = np.zeros(blocks, dtype=np.int32)
+        self._groups = BlockGroups(blocks)
         self._models: dict[str, _Model] = {}
         self._next_index = 0
         self._prefixes = PrefixIndex(blocks)
@@ -118,7 +106,7 @@ class BlockPool:
     @property
     def free_blocks(self) -> int:
         """Blocks that hold nothing."""
-        return self._free
+        return self._groups.free
 
     @property
     def cached_blocks(self) -> int:
@@ -128,7 +116,7 @@ class BlockPool:
     @property
     def available_blocks(self) -> int:
         """Free + cached: what an allocation can get. Equals `blocks` when no sequence lives."""
-        return self._free + self._prefixes.cached_blocks
+        return self._groups.free + self._prefixes.cached_blocks
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -162,7 +150,7 @@ class BlockPool:
         if m.held:
             raise ModelBusy(f"model {model!r} still holds {m.held} blocks")
         for ids in self._prefixes.drop_model(m.index):
-            self._release(ids)
+            self._groups.release(ids)
         del self._models[model]
 
     def set_quota(self, model: str, blocks: int) -> None:
@@ -180,24 +168,15 @@ class BlockPool:
             raise ValueError(f"groups: {groups} is negative")
         wanted = groups * m.blocks_per_span
         self._admit(m, wanted, borrow)
-        while self._free < wanted:
-            self._release(self._prefixes.evict())
-        top = self._free
-        self._free = top - wanted
-        # Reversed, so that a fresh pool gives ascending ids; copied, since the stack will be written over.
-        ids = self._stack[self._free : top][::-1].reshape(groups, m.blocks_per_span).copy()
-        heads = ids[:, 0]
-        self._head[ids] = ids[:, :1]
-        self._place[ids] = np.arange(m.blocks_per_span, dtype=np.int32)
-        self._owner[heads] = m.index
-        self._references[heads] = 1
+        while self._groups.free < wanted:
+            self._groups.release(self._prefixes.evict())
         self._hold(m, wanted)
-        return ids
+        return self._groups.take(m.index, groups, m.blocks_per_span)
 
     def share(self, model: str, ids: ArrayLike) -> None:
         """One more reference to each of these groups, which `model` must hold (else InvalidGroups)."""
-        rows = self._groups(self._models[model], ids)
-        np.add.at(self._references, rows[:, 0], 1)
+        rows = self._held(self._models[model], ids)
+        np.add.at(self._groups.references, rows[:, 0], 1)
 
     def free(self, model: str, ids: ArrayLike) -> None:
         """Give back one reference to each of these groups; without any they are free, or cached if published.
@@ -206,22 +185,22 @@ class BlockPool:
         which are of no use without it. Raises InvalidGroups.
         """
         m = self._models[model]
-        rows = self._groups(m, ids)
+        rows = self._held(m, ids)
         # A group may be named twice, once for each of its references.
         heads, first, times = np.unique(rows[:, 0], return_index=True, return_counts=True)
-        left = self._references[heads] - times
+        left = self._groups.references[heads] - times
         if (left < 0).any():
             raise InvalidGroups(
                 f"group {heads[left < 0][0]} of {model!r} is freed more often than it is held"
             )
-        self._references[heads] = left
+        self._groups.references[heads] = left
         gone = rows[np.sort(first[left == 0])]
         m.held -= gone.size
         published = self._prefixes.published[gone[:, 0]]
         if published.any():
             self._prefixes.rest(gone[published, 0])
             gone = gone[~published]
-        self._release(gone)
+        self._groups.release(gone)
 
     def publish(self, model: str, hashes: Sequence[Hashable], ids: ArrayLike) -> int:
         """Index held groups, full, never written again, by the hash of their span; returns how many were new.
@@ -231,7 +210,7 @@ class BlockPool:
         Raises InvalidGroups, or ValueError if there are not as many hashes as groups.
         """
         m = self._models[model]
-        rows = self._groups(m, ids)
+        rows = self._held(m, ids)
         if len(hashes) != len(rows):
             raise ValueError(f"hashes: {len(hashes)} of them for {len(rows)} groups")
         return sum(self._prefixes.add(m.index, h, row) for h, row in zip(hashes, rows, strict=True))
@@ -244,18 +223,18 @@ class BlockPool:
         m = self._models[model]
         found: list[BlockIds] = []
         for ids in self._prefixes.known(m.index, hashes):
-            if self._references[ids[0]] == 0:
+            if self._groups.references[ids[0]] == 0:
                 if not borrow and m.held + m.blocks_per_span > m.quota:
                     break
                 self._prefixes.revive(int(ids[0]))
                 self._hold(m, m.blocks_per_span)
-            self._references[ids[0]] += 1
+            self._groups.references[ids[0]] += 1
             found.append(ids)
         return np.array(found, dtype=np.int32).reshape(len(found), m.blocks_per_span)
 
     def check_integrity(self) -> None:
-        """Recount everything. Raises PoolIntegrityError. O(blocks); for idle moments and the end of tests."""
-        wrong = [*self._block_faults(), *self._model_faults()]
+        """Recount everything, in O(blocks): when idle, and after tests. Raises PoolIntegrityError."""
+        wrong = list(self._faults())
         if wrong:
             raise PoolIntegrityError("; ".join(wrong))
 
@@ -270,57 +249,23 @@ class BlockPool:
         m.held += blocks
         m.peak = max(m.peak, m.held)
 
-    def _groups(self, m: _Model, ids: ArrayLike) -> BlockIds:
+    def _held(self, m: _Model, ids: ArrayLike) -> BlockIds:
         """`ids` as an array, if each row is one whole group that `m` holds."""
-        rows = np.asarray(ids, dtype=np.int32)
-        if rows.size == 0:
-            return rows.reshape(0, m.blocks_per_span)
-        if rows.ndim != 2 or rows.shape[1] != m.blocks_per_span:
-            raise InvalidGroups(f"ids: shape {rows.shape}, not [groups, {m.blocks_per_span}]")
-        if rows.min() < 0 or rows.max() >= self.blocks:
-            raise InvalidGroups(f"ids: not all in [0, {self.blocks})")
-        heads = rows[:, :1]
-        if (self._owner[heads] != m.index).any() or (self._references[heads] == 0).any():
-            raise InvalidGroups(f"ids: not all held by model {m.name!r}")
-        whole = self._place[rows] == np.arange(m.blocks_per_span, dtype=np.int32)
-        if not (whole & (self._head[rows] == heads)).all():
-            raise InvalidGroups("ids: a row is not the blocks of one group, in order")
-        return rows
+        try:
+            return self._groups.held(m.index, m.blocks_per_span, ids)
+        except ValueError as error:
+            raise InvalidGroups(f"ids of model {m.name!r}: {error}") from None
 
-    def _release(self, rows: BlockIds) -> None:
-        """Put groups without references on the free stack."""
-        self._owner[rows[:, 0]] = -1
-        self._head[rows] = -1
-        self._stack[self._free : self._free + rows.size] = rows.ravel()[::-1]
-        self._free += rows.size
-
-    def _block_faults(self) -> Iterator[str]:
-        free = self._stack[: self._free]
-        if not np.array_equal(np.sort(free), np.flatnonzero(self._head < 0)):
-            yield "the free stack is not exactly the blocks of no group"
-        used = np.flatnonzero(self._head >= 0)
-        heads, sizes = np.unique(self._head[used], return_counts=True)
-        if not np.array_equal(heads, np.flatnonzero(self._owner >= 0)):
-            yield "groups in use and groups with an owner differ"
-        spans = {m.index: m.blocks_per_span for m in self._models.values()}
-        expected = np.array([spans.get(o, -1) for o in self._owner[heads].tolist()], dtype=np.int64)
-        if not np.array_equal(sizes, expected):
-            yield "a group has more or fewer blocks than its model's block group"
-        if (self._references < 0).any() or self._references[self._head != np.arange(self.blocks)].any():
-            yield "a count of references is negative or not at the first block of a group"
-        places = np.lexsort((self._place[used], self._head[used]))  # by group, then by place
-        first = np.repeat(np.cumsum(sizes) - sizes, sizes)
-        if not np.array_equal(self._place[used][places], np.arange(used.size) - first):
-            yield "a group's blocks are not numbered from 0 on"
-        cached = heads[self._references[heads] == 0]
-        yield from self._prefixes.faults(self._owner, cached)
-
-    def _model_faults(self) -> Iterator[str]:
-        held_heads = np.flatnonzero(self._references > 0)
-        total = self._free + self.cached_blocks
+    def _faults(self) -> Iterator[str]:
+        groups = self._groups
+        yield from groups.faults({m.index: m.blocks_per_span for m in self._models.values()})
+        heads = groups.heads()
+        has_holder = groups.references[heads] > 0
+        yield from self._prefixes.faults(groups.owner, heads[~has_holder])
+        total = self.available_blocks
         for m in self._models.values():
             total += m.held
-            counted = int((self._owner[held_heads] == m.index).sum()) * m.blocks_per_span
+            counted = int((groups.owner[heads[has_holder]] == m.index).sum()) * m.blocks_per_span
             if counted != m.held or m.peak < m.held:
                 yield f"model {m.name!r}: held {m.held}, peak {m.peak}, counted {counted}"
         if total != self.blocks:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-BlockIds = NDArray[np.int32]
-"""int32 `[groups, blocks_per_span]`; a row is one block group, its blocks in (layer, kv_head) order."""
+from muxserve.engine.groups import BlockIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class PrefixIndex:
                 yield self._forget(prefix)
         del self._cached_of[model]
 
-    def faults(self, owner: NDArray[np.int32], cached: NDArray[np.int32]) -> Iterator[str]:
+    def faults(self, owner: NDArray[np.int32], cached: NDArray[np.int64]) -> Iterator[str]:
         """What disagrees with the pool: `owner` per block, `cached` = first blocks without a holder."""
         if sorted(self._resting) != cached.tolist():
             yield "groups without references and cached groups differ"

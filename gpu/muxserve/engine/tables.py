@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from muxserve.engine.groups import BlockIds
 from muxserve.engine.memory import Memfd
-from muxserve.engine.prefixes import BlockIds
 from muxserve.engine.spec import KVLayout
 
 if TYPE_CHECKING:
