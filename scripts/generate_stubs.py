@@ -1,4 +1,5 @@
-"""Generates the gRPC stubs under proto/muxserve/v1; with --check, says whether the committed ones are current.
+"""Generates the gRPC stubs under proto/muxserve/v1; with --check, says whether the committed ones are
+current.
 
 Run by `make stubs` and `make check`.
 """
