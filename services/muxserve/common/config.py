@@ -16,7 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from muxserve.common.settings import ENV_PREFIX, Bytes, Problem, SettingsError, read_settings
+from muxserve.common.settings import (
+    ENV_PREFIX,
+    Bytes,
+    Problem,
+    SettingsError,
+    parse_assignments,
+    read_settings,
+)
 from muxserve.v1 import common_pb2
 
 
@@ -54,6 +61,7 @@ Models = Annotated[tuple[ModelEntry, ...], AfterValidator(_unique_names)]
 """Models with unique names."""
 
 PolicyName = Literal["adbs", "fcfs"]
+ServiceKind = Literal["gateway", "placement", "scheduler", "worker"]
 
 
 class DeploymentConfig(BaseSettings):
@@ -71,6 +79,8 @@ class DeploymentConfig(BaseSettings):
     """Cores to compute with, split evenly over the workers. Absent: all that this process may use."""
     workers: int = Field(1, ge=1, le=64)
     """Worker processes, each with an arena of its own."""
+    weight_budget: Bytes | None = None
+    """Bytes that weights may take on each worker. Absent: the worker's default."""
     policy: PolicyName = "adbs"
     """How the scheduler shares a unit among its models."""
     port: int = Field(8600, ge=0, le=65535)
@@ -81,6 +91,8 @@ class DeploymentConfig(BaseSettings):
     """Address on which gateway and placement listen."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level that services log."""
+    settings: dict[ServiceKind, dict[str, Any]] = Field(default_factory=dict)
+    """Further settings by kind of service, for example {worker: {slots: 128}}. They win over those above."""
 
 
 def read_deployment(flags: dict[str, Any], file: Path | None) -> DeploymentConfig:
@@ -92,6 +104,17 @@ def read_deployment(flags: dict[str, Any], file: Path | None) -> DeploymentConfi
         for model in config.models
     )
     return config.model_copy(update={"models": models})
+
+
+def parse_service_settings(flags: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`["worker.slots=128"]` as raw values for `DeploymentConfig.settings`. Raises SettingsError."""
+    settings: dict[str, dict[str, Any]] = {}
+    for path, value in parse_assignments(flags).items():
+        kind, dot, key = path.partition(".")
+        if not (dot and key):
+            raise SettingsError([Problem(path, "expected KIND.KEY=VALUE", "--set")])
+        settings.setdefault(kind, {})[key] = value
+    return settings
 
 
 _OPTIONS = tuple(name for name in ModelEntry.model_fields if name not in ("name", "path"))
