@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,8 +115,9 @@ def load_reference(path: Path, gguf_file: str | None = None) -> PreTrainedModel:
 def their_greedy(model: PreTrainedModel, prompts: Sequence[Tokens], new: int) -> list[Tokens]:
     """`new` tokens of each prompt, one prompt at a time, unchunked."""
     texts = []
+    generate: Any = model.generate
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        text = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
         texts.append([int(token) for token in text[0, len(prompt) :]])
     return texts

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
 from muxserve.engine.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from muxserve.engine.checkpoint.base import NUMPY_DTYPES
 from muxserve.engine.messages import TensorEntry

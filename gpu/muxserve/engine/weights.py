@@ -33,7 +33,8 @@ def map_weights(fd: int, manifest: Iterable[TensorEntry]) -> dict[str, Tensor]:
     """
     import torch  # only executors come here: the worker, which makes the memfd, stays free of torch
 
-    mapping = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+    # Populated: the first request should not pay for a page fault in every few rows of every matrix.
+    mapping = mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
     tensors = {}
     with warnings.catch_warnings():
         # torch warns that it cannot keep us from writing to a read-only buffer. We do not.

@@ -29,4 +29,7 @@ def open_checkpoint(path: Path, dtype: RequestedDType = "auto") -> Checkpoint:
             return open_gguf(path, dtype)
     except OSError as error:
         raise CheckpointError("path", f"{path} cannot be read: {error.strerror or error}") from error
-    raise CheckpointError("path", f"{path} does not exist")
+    except ArithmeticError as error:
+        raise CheckpointError("path", f"{path} has numbers out of range in its header: {error}") from error
+    reason = "is neither a directory nor a file" if path.exists() else "does not exist"
+    raise CheckpointError("path", f"{path} {reason}")

@@ -8,11 +8,12 @@ from typing import Protocol
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
+
 from muxserve.engine.checkpoint.canonical import CanonicalTensor, canonical_tensors, manifest, manifest_bytes
 from muxserve.engine.checkpoint.errors import CheckpointError
 from muxserve.engine.messages import TensorEntry
 from muxserve.engine.spec import ModelSpec
-from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
 

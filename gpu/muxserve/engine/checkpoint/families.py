@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
+
 from muxserve.engine.checkpoint.base import NUMPY_DTYPES
-from muxserve.engine.checkpoint.fields import Fields
+from muxserve.engine.checkpoint.fields import MAX_HEAD_DIM, MAX_LAYERS, Fields
 from muxserve.engine.checkpoint.rope import rope_spec, served_context
 from muxserve.engine.spec import DType, LayerSpec, ModelSpec, RopeSpec
 
@@ -100,9 +101,7 @@ def family_of(fields: Fields) -> str:
     return family
 
 
-def _build(
-    family: str, fields: Fields, dtype: DType, tie: bool, eos_token_ids: tuple[int, ...]
-) -> ModelSpec:
+def _build(family: str, fields: Fields, dtype: DType, tie: bool, eos_token_ids: tuple[int, ...]) -> ModelSpec:
     heads = fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -148,13 +147,13 @@ def embedding_scale(hidden: int, dtype: DType) -> float:
 
 
 def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
-    head_dim = fields.optional_integer("head_dim")
+    head_dim = fields.optional_integer("head_dim", maximum=MAX_HEAD_DIM)
     if head_dim is None:
         if hidden % heads:
             raise fields.error("hidden_size", f"{hidden} is not a multiple of {heads} attention heads")
         head_dim = hidden // heads
-    if head_dim % 2:
-        raise fields.error("head_dim", f"must be even for rotary embeddings, got {head_dim}")
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise fields.error("head_dim", f"must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
     return head_dim
 
 
@@ -169,7 +168,7 @@ def _layers(
     family: str, fields: Fields, head_dim: int
 ) -> tuple[tuple[LayerSpec, ...], tuple[RopeSpec, ...], int]:
     """Layers, ropes, and the longest context that they serve."""
-    count = fields.integer("num_hidden_layers")
+    count = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
     kinds = _layer_kinds(family, fields, count)
     window = fields.optional_integer("sliding_window") if SLIDING in kinds else None
     ropes, context = _ropes(family, fields, head_dim)

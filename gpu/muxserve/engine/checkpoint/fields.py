@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from muxserve.engine.checkpoint.errors import CheckpointError
 
+MAX_SIZE = 1 << 40
+"""No size of a model is larger: a number above it is a corrupt file."""
+
+MAX_LAYERS = 10_000
+MAX_HEAD_DIM = 1 << 14
+
 
 class Fields:
     """The keys of one JSON object or metadata section.
@@ -36,17 +42,19 @@ class Fields:
             raise self.error(key, "is missing")
         return default
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
         value = self._read(key, default)
         # 8192.0 is an integer to the tools that write these files; true is not.
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(key, f"must be an integer, got {value!r}")
-        if value < minimum:
-            raise self.error(key, f"must be at least {minimum}, got {value!r}")
-        return int(value)
+        if not minimum <= value <= maximum:
+            raise self.error(key, f"must be in [{minimum}, {maximum}], got {value!r}")
+        return value
 
-    def optional_integer(self, key: str, minimum: int = 1) -> int | None:
-        return None if self.get(key) is None else self.integer(key, minimum=minimum)
+    def optional_integer(self, key: str, minimum: int = 1, maximum: int = MAX_SIZE) -> int | None:
+        return None if self.get(key) is None else self.integer(key, minimum=minimum, maximum=maximum)
 
     def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
         value = self._read(key, default)
@@ -76,6 +84,8 @@ class Fields:
         value = self._read(key, None)
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
             raise self.error(key, f"must be a list of {length} numbers")
+        if not all(isinstance(item, int | float) for item in value):
+            raise self.error(key, "must hold numbers only")
         return tuple(float(item) for item in value)
 
     def texts(self, key: str, length: int) -> tuple[str, ...] | None:

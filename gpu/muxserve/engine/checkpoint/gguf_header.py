@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
 from muxserve.engine.checkpoint.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -56,7 +57,8 @@ class GGUFHeader:
         self._size = path.stat().st_size
         with path.open("rb") as stream:
             if stream.read(len(MAGIC)) != MAGIC:
-                raise CheckpointError("path", f"{path} is not a GGUF file")
+                hint = "; safetensors are named by their directory" if path.suffix == ".safetensors" else ""
+                raise CheckpointError("path", f"{path} is not a GGUF file{hint}")
             self.data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = len(MAGIC)
         self.metadata: dict[str, object] = {}

@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from muxserve.engine.checkpoint.base import Array, Checkpoint
 from muxserve.engine.checkpoint.canonical import CanonicalTensor
 from muxserve.engine.checkpoint.errors import CheckpointError
 from muxserve.engine.checkpoint.gguf_header import GGUFHeader
 from muxserve.engine.checkpoint.gguf_spec import spec_of
 from muxserve.engine.checkpoint.quants import SUPPORTED, to_float
-from numpy.typing import NDArray
 
 LAYER_NAMES: dict[str, tuple[str, ...]] = {
     "input_norm": ("attn_norm.weight",),
@@ -64,26 +65,22 @@ class GGUFSource:
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         tensor = self._header.tensors[name]
-        count = tensor.shape[0]
+        stored = self._data[tensor.start : tensor.stop]
+        reorder = self._interleaved_dim > 0 and name.endswith(ROTATED)
         if len(tensor.shape) == 1:
-            # A vector is one row to the format, and never split: it is at most a few thousand values.
-            stored = self._data[tensor.start : tensor.stop].reshape(1, -1)
-            values = to_float(stored, tensor.kind).reshape(-1)
-            return values[self._order(start, stop)] if name.endswith(ROTATED) else values[start:stop]
-        stored = self._data[tensor.start : tensor.stop].reshape(math.prod(tensor.shape[:-1]), -1)
-        if self._interleaved_dim and name.endswith(ROTATED) and count > start:
-            return to_float(stored[self._order(start, stop)], tensor.kind)
-        return to_float(stored[start:stop], tensor.kind)
+            # A vector is a single row to the format: its values, not its bytes, are what can be picked from.
+            values = to_float(stored.reshape(1, -1), tensor.kind).reshape(-1)
+            return values[self._order(start, stop)] if reorder else values[start:stop]
+        # A matrix is put in order while its rows are still packed: cheaper, and any quantisation will do.
+        rows = stored.reshape(math.prod(tensor.shape[:-1]), -1)
+        return to_float(rows[self._order(start, stop)] if reorder else rows[start:stop], tensor.kind)
 
     def _order(self, start: int, stop: int) -> NDArray[np.intp]:
         """Where rows `[start, stop)` of the half-split order are stored."""
-        row = np.arange(start, stop)
-        head, place = np.divmod(row, self._head_dim)
+        head, place = np.divmod(np.arange(start, stop), self._head_dim)
         half = self._interleaved_dim // 2
-        if half:
-            rotated = np.where(place < half, 2 * place, 2 * (place - half) + 1)
-            place = np.where(place < 2 * half, rotated, place)
-        return head * self._head_dim + place
+        rotated = np.where(place < half, 2 * place, 2 * (place - half) + 1)
+        return head * self._head_dim + np.where(place < 2 * half, rotated, place)
 
 
 def open_gguf(path: Path, dtype: str) -> Checkpoint:

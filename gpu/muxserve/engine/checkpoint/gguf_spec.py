@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from muxserve.engine.checkpoint.errors import CheckpointError
 from muxserve.engine.checkpoint.families import embedding_scale
-from muxserve.engine.checkpoint.fields import Fields
+from muxserve.engine.checkpoint.fields import MAX_HEAD_DIM, MAX_LAYERS, Fields
 from muxserve.engine.checkpoint.gguf_header import GGUFHeader
 from muxserve.engine.checkpoint.rope import plain, yarn, yarn_attention_factor
 from muxserve.engine.spec import DType, LayerSpec, ModelSpec, RopeSpec
@@ -45,7 +46,7 @@ def spec_of(header: GGUFHeader, dtype: DType) -> ModelSpec:
         )
     fields = _section(header, architecture)
     hidden = fields.integer("embedding_length")
-    layers = fields.integer("block_count")
+    layers = fields.integer("block_count", maximum=MAX_LAYERS)
     sizes = _heads(fields, hidden)
     gemma = architecture == "gemma3"
     ropes, context = _ropes(header, fields, sizes.rotary_dim, gemma)
@@ -108,8 +109,8 @@ def _heads(fields: Fields, hidden: int) -> _Heads:
     head_dim = fields.integer("attention.key_length", hidden // heads)
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise fields.error("attention.value_length", f"must equal attention.key_length, {head_dim}")
-    if head_dim % 2:
-        raise fields.error("attention.key_length", f"must be even for rotary embeddings, got {head_dim}")
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise fields.error("attention.key_length", f"must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
     rotary = fields.integer("rope.dimension_count", head_dim)
     if rotary % 2 or rotary > head_dim:
         raise fields.error("rope.dimension_count", f"must be an even part of {head_dim}, got {rotary}")
@@ -152,6 +153,8 @@ def _ropes(header: GGUFHeader, fields: Fields, dim: int, gemma: bool) -> tuple[t
     """Ropes (for Gemma: of full, then of sliding layers) and the context that they serve."""
     context = fields.integer("context_length")
     theta = fields.number("rope.freq_base", 1e6 if gemma else 1e4)
+    if theta <= 1:
+        raise fields.error("rope.freq_base", f"must be above 1, got {theta}")
     base = plain(theta, dim) / _factors(header, dim)
     kind = fields.text("rope.scaling.type", "none")
     attention = 1.0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+
 from muxserve.engine.checkpoint.base import Array, Checkpoint
 from muxserve.engine.checkpoint.canonical import CanonicalTensor
 from muxserve.engine.checkpoint.errors import CheckpointError
@@ -84,7 +85,9 @@ def open_directory(path: Path, dtype: str) -> Checkpoint:
     """
     config = _read_json(path, "config.json")
     if config is None:
-        raise CheckpointError("path", f"{path} has no config.json, so it is not a model directory")
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"; name the file itself, such as {files[0]}" if files else ""
+        raise CheckpointError("path", f"{path} has no config.json, so it is not a model directory{hint}")
     generation = Fields(_read_json(path, "generation_config.json") or {}, "generation_config.json:")
     eos = generation.token_ids("eos_token_id") if "eos_token_id" in generation else None
     # The configuration is judged before the weights are looked for: its errors say more.
@@ -116,7 +119,7 @@ def _read_json(directory: Path, name: str) -> dict[str, object] | None:
         return None
     try:
         document = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(name, f"is not valid JSON: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(name, "must hold a JSON object")

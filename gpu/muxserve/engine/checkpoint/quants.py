@@ -11,8 +11,9 @@ from typing import cast
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize as dequantize_any
-from muxserve.engine.checkpoint.base import NUMPY_DTYPES, Array
 from numpy.typing import NDArray
+
+from muxserve.engine.checkpoint.base import NUMPY_DTYPES, Array
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
+
 from muxserve.engine.checkpoint.fields import Fields
 from muxserve.engine.spec import RopeSpec
-from numpy.typing import NDArray
 
 Frequencies = NDArray[np.float64]
 
@@ -64,6 +65,8 @@ def rope_spec(fields: Fields, theta: float, head_dim: int, context: int, origina
     `served_context`. Raises CheckpointError.
     """
     theta = fields.number("rope_theta", theta)
+    if theta <= 1:
+        raise fields.error("rope_theta", f"must be above 1, got {theta}")
     dim = rotary_dim(fields, head_dim)
     kind = kind_of(fields)
     base = plain(theta, dim)
@@ -71,7 +74,7 @@ def rope_spec(fields: Fields, theta: float, head_dim: int, context: int, origina
         return _spec(base)
     if kind == "linear":
         return _spec(base / fields.number("factor"))
-    original = original or fields.integer("original_max_position_embeddings", context)
+    original = original or fields.integer("original_max_position_embeddings", context, minimum=2)
     if kind == "llama3":
         low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
         if high <= low:
@@ -83,7 +86,10 @@ def rope_spec(fields: Fields, theta: float, head_dim: int, context: int, origina
         truncate = fields.flag("truncate", True)
         scaled = yarn(base, theta, factor, original, fast, slow, truncate)
         return _spec(scaled, _yarn_attention(fields, factor))
-    scaled = base / np.asarray(fields.numbers("short_factor", dim // 2))
+    stretch = np.asarray(fields.numbers("short_factor", dim // 2))
+    if stretch.min() <= 0:
+        raise fields.error("short_factor", "must hold positive numbers")
+    scaled = base / stretch
     growth = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return _spec(scaled, fields.number("attention_factor", growth))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
 from muxserve.engine.checkpoint.base import Array
 from muxserve.engine.checkpoint.errors import CheckpointError
 
@@ -95,7 +96,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         document = json.loads(index.read_bytes())
         entries = document["weight_map"].items()
         return {str(name): str(file) for name, file in entries}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(index.name, f"is not a safetensors index: {error}") from error
 
 
@@ -108,7 +109,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(file.name, f"is truncated or not a safetensors file ({size} bytes)")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(file.name, f"has a corrupt safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(file.name, "has a corrupt safetensors header: not an object")
