@@ -203,6 +203,17 @@ def test_a_refused_allocation_evicts_nothing() -> None:
     assert pool.cached_blocks == 6
 
 
+def test_a_cached_group_is_held_by_nobody() -> None:
+    pool = make_pool(8, s=8)
+    ids = pool.allocate("s", 1)
+    pool.publish("s", [b"0"], ids)
+    pool.free("s", ids)
+    for call in (pool.free, pool.share):
+        with pytest.raises(InvalidGroups, match="not all are held"):
+            call("s", ids)
+    pool.check_integrity()
+
+
 def test_the_second_copy_of_a_prefix_is_freed_not_cached() -> None:
     pool = make_pool(8, s=8)
     first, second = pool.allocate("s", 1), pool.allocate("s", 1)
