@@ -59,8 +59,8 @@ class SamplingBatch:
     """The sampling parameters of R rows as tensors: built once per job, used at each of its steps.
 
     slots: int64, rows of the token table. limits: int64, lengths at which a row finishes. stop_ids: int64
-    `[R, S]`, padded with -1. random: whether any row is not greedy. The last five are the indices of rows that
-    want something done to them; a random row is in `with_top_k`, else in `with_top_p`, else in `unfiltered`.
+    `[R, S]`, padded with -1. random: whether any row is not greedy. The last five: indices of the rows that
+    want something done to them; a random row is in `with_top_k`, or `with_top_p`, or `unfiltered`.
     """
 
     parameters: tuple[Sampling, ...]
@@ -112,7 +112,7 @@ class SamplingBatch:
             seeds=integers([_signed(r.seed) for r in rows]),
             temperature=floats([r.temperature for r in rows]),
             top_k=integers([r.top_k for r in rows]),
-            top_p=floats([r.top_p for r in rows]),
+            top_p=torch.tensor([r.top_p for r in rows], dtype=torch.float64, device=device),
             min_p=floats([r.min_p for r in rows]),
             repetition=floats([r.repetition_penalty for r in rows]),
             presence=floats([r.presence_penalty for r in rows]),
@@ -242,7 +242,7 @@ def _draw_top_k(scores: Tensor, best: Tensor, uniform: Tensor, batch: SamplingBa
     limit = batch.top_k[rows].clamp(max=scores.shape[1])
     ids = ranked(scores, int(limit.max()))
     running = _weights(scores.gather(1, ids), best, batch, rows).cumsum(-1, dtype=torch.float64)
-    mass = batch.top_p[rows].double() * running.gather(1, limit[:, None] - 1).squeeze(1)
+    mass = batch.top_p[rows] * running.gather(1, limit[:, None] - 1).squeeze(1)
     return _draw_ranked(ids, running, mass, limit, uniform)
 
 
@@ -284,7 +284,7 @@ def _draw_ranked(ids: Tensor, running: Tensor, mass: Tensor, limit: Tensor, unif
 def ranked(scores: Tensor, count: int) -> Tensor:
     """Ids of each row's `count` largest, largest first, equal ones by id: `[R, V]` to int64 `[R, count]`.
 
-    The sort key is a number of 64 bits: the score, as an integer in the same order, then the id, reversed. All
+    The sort key has 64 bits: the score, as an integer in the same order, then the id, reversed. All
     keys differ, so the result is the same whatever the algorithm, the device or the count.
     """
     bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0, for they are equal
