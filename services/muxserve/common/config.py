@@ -50,15 +50,17 @@ class ModelEntry(BaseModel):
         return common_pb2.ModelConfig(**self.model_dump())
 
 
-def _unique_names(models: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
+def _check_models(models: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
+    if not models:
+        raise ValueError("at least one model is required")
     names = [model.name for model in models]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f'two models named "{repeated[0]}"')
     return models
 
 
-Models = Annotated[tuple[ModelEntry, ...], AfterValidator(_unique_names)]
-"""Models with unique names."""
+Models = Annotated[tuple[ModelEntry, ...], AfterValidator(_check_models)]
+"""Models, at least one, with unique names."""
 
 PolicyName = Literal["adbs", "fcfs"]
 ServiceKind = Literal["gateway", "placement", "scheduler", "worker"]
@@ -69,8 +71,8 @@ class DeploymentConfig(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
-    models: Models = Field(min_length=1)
-    """What to serve. Relative paths in a file are relative to the file."""
+    models: Models = Field((), validate_default=True)
+    """What to serve, at least one. Relative paths in a file are relative to the file."""
     arena: Bytes = Field(512 * 2**20, validate_default=True)
     """Size of each worker's arena of KV blocks."""
     block_bytes: Bytes | None = None
@@ -95,14 +97,29 @@ class DeploymentConfig(BaseSettings):
     """Further settings by kind of service, for example {worker: {slots: 128}}. They win over those above."""
 
 
+def _flag(setting: str) -> str:
+    """The flag of `muxserve up` for a setting."""
+    return {"models": "--model", "settings": "--set"}.get(setting, "--" + setting.replace("_", "-"))
+
+
 def read_deployment(flags: dict[str, Any], file: Path | None) -> DeploymentConfig:
-    """The deployment from flags, environment and `file`; model paths are absolute. Raises SettingsError."""
-    config = read_settings(DeploymentConfig, flags, file)
+    """The deployment from flags, environment and `file`; model paths are absolute and exist.
+
+    Raises SettingsError.
+    """
+    config = read_settings(DeploymentConfig, flags, file, _flag)
     base = file.parent if file and "models" not in flags else Path()
     models = tuple(
         model.model_copy(update={"path": str((base / Path(model.path).expanduser()).absolute())})
         for model in config.models
     )
+    missing = [
+        Problem(f"models.{index}.path", f'model "{model.name}": no such file or directory: {model.path}', "")
+        for index, model in enumerate(models)
+        if not Path(model.path).exists()
+    ]
+    if missing:
+        raise SettingsError(missing)
     return config.model_copy(update={"models": models})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -63,8 +63,9 @@ class Problem:
     """Where it came from: "deploy.yaml:12", "--arena", "environment MUXSERVE_ARENA"; empty if missing."""
 
     def __str__(self) -> str:
-        where = f"{self.source}: " if self.source else ""
-        return f"{where}{self.field}: {self.reason}" if self.field else f"{where}{self.reason}"
+        # "--arena" and "environment MUXSERVE_ARENA" name the setting already.
+        named = self.source.lower().replace("-", "_").endswith(self.field)
+        return ": ".join(part for part in (self.source, "" if named else self.field, self.reason) if part)
 
 
 class SettingsError(Exception):
@@ -90,7 +91,7 @@ def load_settings(cls: type[S], argv: Sequence[str] | None = None) -> S:
     )
     flags = parser.parse_args(argv)
     try:
-        return read_settings(cls, parse_assignments(flags.set), flags.config, flag_name="--set {}")
+        return read_settings(cls, parse_assignments(flags.set), flags.config, "--set {}".format)
     except SettingsError as error:
         parser.exit(2, f"{error}\n")
 
@@ -110,11 +111,11 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def read_settings(
-    cls: type[S], flags: Mapping[str, Any], file: Path | None = None, *, flag_name: str = "--{}"
+    cls: type[S], flags: Mapping[str, Any], file: Path | None, flag_name: Callable[[str], str]
 ) -> S:
     """Settings of class `cls` from `flags`, the environment and `file`. Raises SettingsError.
 
-    `flag_name` makes the name of a flag, as told to people, from the name of its setting.
+    `flag_name` is what people call the flag of a setting.
     """
     in_file, tree = _read_yaml(file) if file else ({}, None)
     try:
@@ -125,7 +126,7 @@ def read_settings(
     def problem(location: Location, reason: str) -> Problem:
         name = str(location[0]) if location else ""
         if name in flags:
-            source = flag_name.format(name.replace("_", "-"))
+            source = flag_name(name)
         elif name in in_environment:
             source = f"environment {ENV_PREFIX}{name.upper()}"
         elif file and tree is not None:

@@ -12,7 +12,7 @@ class PlacementSettings(ServiceSettings):
     """The placement service: which models are to be served, and on how many workers."""
 
     id: str = Field("placement-0", min_length=1, max_length=128)
-    models: Models = Field(min_length=1)
+    models: Models
     """What to serve."""
     workers: int = Field(1, ge=1, le=10_000)
     """Workers to wait for before models are placed, so that the first to come does not get all of them."""
