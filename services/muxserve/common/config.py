@@ -155,11 +155,11 @@ def _parse_model(flag: str) -> dict[str, str]:
     while "," in rest:
         head, _, tail = rest.rpartition(",")
         option, equals, value = tail.partition("=")
-        if equals and option not in _OPTIONS:
+        if equals and option.isidentifier() and option not in _OPTIONS:
             known = ", ".join(_OPTIONS)
             reason = f'no option "{option}" for model "{name}" (there are {known})'
             raise SettingsError([Problem(f"model.{option}", reason, "--model")])
-        if not equals:
+        if option not in _OPTIONS:
             break
         options.setdefault(option, value)
         rest = head
