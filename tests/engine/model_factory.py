@@ -150,7 +150,9 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         width = math.sqrt(parameter.shape[-1])
         if name.endswith("norm.weight"):
-            parameter.copy_((0.0 if gemma else 1.0) + 0.3 * noise)
+            # Gemma's head is its small embedding: the final norm makes up for that.
+            final = 9.0 if name.endswith("model.norm.weight") else 0.0
+            parameter.copy_((final if gemma else 1.0) + 0.3 * noise)
         elif parameter.ndim < 2:
             parameter.copy_(0.5 * noise)
         elif "embed_tokens" in name:
