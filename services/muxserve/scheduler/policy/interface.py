@@ -141,8 +141,8 @@ class DecodeJob:
 
 @dataclass(frozen=True, slots=True)
 class Preempt:
-    """Take blocks and slot of a sequence away; it waits and is recomputed. If it is in a running job, its lease
-    is ended and the blocks come back then: they are `closing` until it has."""
+    """Take blocks and slot of a sequence away; it waits and is recomputed. If it is in a running job, its
+    lease is ended and the blocks come back then: they are `closing` until it has."""
 
     sequence: int
 

@@ -1,0 +1,212 @@
+"""`GatewayHub`: the gateways that are attached, and what they are still to be told.
+
+A gateway's requests outlive a broken stream for a grace period; when it is back it gets everything again
+that it may have missed. Events for a gateway that reads too slowly end its stream, so that it comes back
+the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from muxserve.scheduler.requests import Event
+from muxserve.v1 import scheduler_pb2
+
+log = structlog.get_logger(__name__)
+
+GRACE = 5.0
+"""Seconds that a gateway may be away before its requests are cancelled."""
+SETTLE = 2.0
+"""Seconds after a request's last event, with its gateway attached all the while, until it counts as
+delivered."""
+KEEP = 30.0
+"""Seconds that a finished request is kept at most for a gateway that may not have heard of it."""
+MAX_KEPT = 4096
+"""Finished requests kept per gateway."""
+MAX_PENDING = 20_000
+"""Events that a gateway may be behind before its stream is ended."""
+MAX_BATCH_BYTES = 4 * 2**20
+"""Bytes of one message, about."""
+
+
+class RequestOwner(Protocol):
+    """A unit: who has live requests."""
+
+    def replay(self, gateway: str) -> list[Event]:
+        """Everything to tell about its live requests of `gateway`."""
+
+    def cancel(self, request_id: str) -> None:
+        """Drop that request, if it is here."""
+
+    def resume(self, answer: scheduler_pb2.AttachRequest.Resume) -> None:
+        """Go on with a request of an earlier attempt, if it is here."""
+
+    def gateway_lost(self, gateway: str) -> None:
+        """Drop the requests of `gateway`."""
+
+
+@dataclass(slots=True)
+class Final:
+    """A finished request, until it counts as delivered."""
+
+    event: Event
+    """All that a gateway needs to finish it."""
+    settle: Callable[[], None]
+    """Acknowledges it."""
+    since: float
+
+
+class Attachment:
+    """One Attach stream: the events that wait to be written to it."""
+
+    def __init__(self, gateway: str, events: list[Event]) -> None:
+        self.gateway = gateway
+        self._events = events
+        self._some = asyncio.Event()
+        self._closed = False
+        if events:
+            self._some.set()
+
+    def put(self, events: Iterable[Event]) -> bool:
+        """Add events. False: there are too many already, nothing was added."""
+        if len(self._events) > MAX_PENDING:
+            return False
+        self._events.extend(events)
+        self._some.set()
+        return True
+
+    def close(self) -> None:
+        """End the stream; what waits is not written."""
+        self._closed = True
+        self._some.set()
+
+    async def next_batch(self) -> list[Event] | None:
+        """Events to write in one message, as soon as there are any. None: the stream is to end."""
+        await self._some.wait()
+        if self._closed:
+            return None
+        size = count = 0
+        while count < len(self._events) and size < MAX_BATCH_BYTES:
+            size += self._events[count].ByteSize()
+            count += 1
+        batch = self._events[:count]
+        del self._events[:count]
+        if not self._events:
+            self._some.clear()
+        return batch
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What is known of one gateway."""
+
+    attachment: Attachment | None = None
+    attached_at: float = 0.0
+    finals: dict[str, Final] = field(default_factory=dict)
+    """By request id, oldest first."""
+    timer: asyncio.TimerHandle | None = None
+    """Runs out when it was away for too long."""
+
+
+class GatewayHub:
+    """All gateways. Lives in the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._gateways: dict[str, Gateway] = {}
+        self._owners: list[RequestOwner] = []
+
+    def add(self, owner: RequestOwner) -> None:
+        """Its requests' events go through this hub from now on."""
+        self._owners.append(owner)
+
+    def remove(self, owner: RequestOwner) -> None:
+        """It has no requests any more."""
+        self._owners.remove(owner)
+
+    # From gateways
+
+    def attach(self, name: str) -> Attachment:
+        """A gateway's stream is open. An older one of it is ended."""
+        gateway = self._gateways.setdefault(name, Gateway())
+        if gateway.attachment is not None:
+            gateway.attachment.close()
+        if gateway.timer is not None:
+            gateway.timer.cancel()
+            gateway.timer = None
+        events = [event for owner in self._owners for event in owner.replay(name)]
+        events += [final.event for final in gateway.finals.values()]
+        gateway.attachment = Attachment(name, events)
+        gateway.attached_at = asyncio.get_running_loop().time()
+        log.info("gateway attached", gateway=name, replayed=len(events))
+        return gateway.attachment
+
+    def detach(self, attachment: Attachment) -> None:
+        """That stream has ended."""
+        attachment.close()
+        gateway = self._gateways.get(attachment.gateway)
+        if gateway is not None and gateway.attachment is attachment:
+            log.info("gateway detached", gateway=attachment.gateway)
+            gateway.attachment = None
+            self._expect(attachment.gateway, gateway)
+
+    def cancel(self, request_id: str) -> None:
+        """A gateway does not want that request any more."""
+        for owner in self._owners:
+            owner.cancel(request_id)
+
+    def resume(self, answer: scheduler_pb2.AttachRequest.Resume) -> None:
+        """A gateway says how far a request had come."""
+        for owner in self._owners:
+            owner.resume(answer)
+
+    # To gateways
+
+    def send(self, name: str, events: list[Event]) -> None:
+        """Tell a gateway, at once or when it is back."""
+        gateway = self._gateways.setdefault(name, Gateway())
+        if gateway.attachment is None:
+            self._expect(name, gateway)
+        elif not gateway.attachment.put(events):
+            log.warning("gateway does not keep up; its stream is ended", gateway=name)
+            self.detach(gateway.attachment)
+
+    def finished(self, name: str, request_id: str, event: Event, settle: Callable[[], None]) -> None:
+        """A request is over and `event` tells all of it; the gateway was sent what it did not know.
+        `settle` is called when the gateway has it, or will never."""
+        gateway = self._gateways.setdefault(name, Gateway())
+        loop = asyncio.get_running_loop()
+        if len(gateway.finals) >= MAX_KEPT:
+            gateway.finals.pop(next(iter(gateway.finals))).settle()
+        gateway.finals[request_id] = Final(event, settle, loop.time())
+        loop.call_later(SETTLE, self._settle, name, request_id)
+
+    def _settle(self, name: str, request_id: str) -> None:
+        gateway = self._gateways.get(name)
+        final = gateway.finals.get(request_id) if gateway else None
+        if gateway is None or final is None:
+            return
+        loop = asyncio.get_running_loop()
+        told = loop.time() - max(gateway.attached_at, final.since)
+        heard = gateway.attachment is not None and told >= 0.9 * SETTLE
+        if heard or loop.time() - final.since >= KEEP:
+            del gateway.finals[request_id]
+            final.settle()
+        else:
+            loop.call_later(SETTLE, self._settle, name, request_id)
+
+    def _expect(self, name: str, gateway: Gateway) -> None:
+        if gateway.timer is None:
+            gateway.timer = asyncio.get_running_loop().call_later(GRACE, self._lost, name)
+
+    def _lost(self, name: str) -> None:
+        log.warning("gateway is gone; its requests are cancelled", gateway=name)
+        gateway = self._gateways.pop(name)
+        for final in gateway.finals.values():
+            final.settle()
+        for owner in self._owners:
+            owner.gateway_lost(name)

@@ -1,0 +1,146 @@
+"""`Request`: an accepted request and how far it is. `Sequence`: its seat at the worker."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from muxserve.common.queue import Delivery
+from muxserve.v1 import common_pb2, scheduler_pb2
+
+Event = scheduler_pb2.RequestEvent
+Tokens = scheduler_pb2.RequestEvent.Tokens
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """An open sequence of the worker. One whose request has let go of it stays until its job ends."""
+
+    number: int
+    """Unique within the Jobs stream."""
+    model: str
+    request: Request | None
+    groups: int = 0
+    """Block groups that it holds, those reserved by a running job included."""
+    computed: int = 0
+    """Tokens whose KV is written."""
+    job: int | None = None
+    """The job it takes part in."""
+    decoded: bool = False
+    """Whether it has been in a decode job."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request of this unit, from its delivery to its end. What was emitted is kept until then: a sequence
+    that lost its blocks is computed from it, and a gateway that comes back gets it again."""
+
+    number: int
+    """This unit's own; what policies call a sequence. Stays while sequences at the worker come and go."""
+    entry_id: str
+    attempt: int
+    queued: scheduler_pb2.QueuedRequest
+    output: list[int] = field(default_factory=list)
+    """All tokens generated."""
+    logprobs: list[common_pb2.Logprobs] = field(default_factory=list)
+    """Of the output from `resumed_at` on, if asked for."""
+    resumed_at: int = 0
+    """Tokens of the output that an earlier attempt generated: the gateway has them."""
+    awaiting_resume: bool = False
+    """Whether it waits for the gateway to say what it has."""
+    sequence: Sequence | None = None
+    troubles: int = 0
+    """Times in a row that it lost its sequence to a fault, without a new token."""
+    not_before: float = 0.0
+    """Loop time before which it is left alone."""
+    timer: asyncio.TimerHandle | None = None
+    """Runs out at the deadline."""
+
+    @classmethod
+    def from_delivery(cls, number: int, delivery: Delivery) -> Request:
+        """A request as it comes from the queue."""
+        resume = delivery.attempt > 1
+        return cls(number, delivery.entry_id, delivery.attempt, delivery.request, awaiting_resume=resume)
+
+    @property
+    def id(self) -> str:
+        return self.queued.request_id
+
+    @property
+    def model(self) -> str:
+        return self.queued.model
+
+    @property
+    def gateway(self) -> str:
+        return self.queued.gateway_id
+
+    @property
+    def arrival(self) -> float:
+        """When it was accepted, seconds of Unix time: its place in the order of service."""
+        return self.queued.accepted_unix_ms / 1000
+
+    @property
+    def known(self) -> int:
+        """Known tokens."""
+        return len(self.queued.prompt_tokens) + len(self.output)
+
+    @property
+    def limit(self) -> int:
+        """Length at which it finishes."""
+        return len(self.queued.prompt_tokens) + self.queued.max_tokens
+
+    @property
+    def running(self) -> bool:
+        """Whether it can decode: all known tokens but the last are computed."""
+        return self.sequence is not None and bool(self.output) and self.sequence.computed == self.known - 1
+
+    def append(self, token: int, logprobs: common_pb2.Logprobs | None) -> None:
+        """A token was sampled."""
+        self.output.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        self.troubles = 0
+
+    def resume(self, emitted: list[int]) -> None:
+        """Continue after the tokens that the gateway has."""
+        self.output = emitted
+        self.resumed_at = len(emitted)
+        self.awaiting_resume = False
+
+    def finished_by(self) -> common_pb2.FinishReason.ValueType:
+        """How the output that was handed over with a resume ends, if it is complete."""
+        if self.output and self.output[-1] in self.queued.stop_token_ids:
+            return common_pb2.FINISH_REASON_STOP
+        if self.known >= self.limit:
+            return common_pb2.FINISH_REASON_LENGTH
+        return common_pb2.FINISH_REASON_UNSPECIFIED
+
+    # What its gateway is told
+
+    def started(self) -> Event:
+        """It is this scheduler's now; or the question what the gateway has, if that is not known."""
+        if self.awaiting_resume:
+            return Event(request_id=self.id, attempt=self.attempt, resume_query=Event.ResumeQuery())
+        return Event(request_id=self.id, attempt=self.attempt, started=Event.Started())
+
+    def tokens(self, index: int, finish: common_pb2.FinishReason.ValueType) -> Event:
+        """Its tokens from `index` on, which is at least `resumed_at`."""
+        tokens = Tokens(
+            index=index,
+            token_ids=self.output[index:],
+            logprobs=self.logprobs[index - self.resumed_at :],
+            finish_reason=finish,
+        )
+        return Event(request_id=self.id, attempt=self.attempt, tokens=tokens)
+
+    def failed(self, code: int, message: str, retry_after: float | None = None) -> Event:
+        """It cannot be served. `code` is a google.rpc.Code."""
+        failed = Event.Failed(code=code, message=message, retry_after_ms=int(1000 * (retry_after or 0)))
+        return Event(request_id=self.id, attempt=self.attempt, failed=failed)
+
+    def replay(self) -> list[Event]:
+        """All there is to tell a gateway that was away."""
+        events = [self.started()]
+        if len(self.output) > self.resumed_at:
+            events.append(self.tokens(self.resumed_at, common_pb2.FINISH_REASON_UNSPECIFIED))
+        return events

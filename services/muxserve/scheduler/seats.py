@@ -1,0 +1,211 @@
+"""`Seats`: the worker as its scheduler sees it: models, blocks, open sequences, jobs that run.
+
+Nothing is asked: a sequence holds ceil(tokens / T) block groups for the tokens that its jobs were allowed
+to write, so the books follow from what was sent and what came back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from muxserve.scheduler.policy.interface import DecodeJob, PrefillJob
+from muxserve.scheduler.requests import Request, Sequence
+from muxserve.v1 import common_pb2, worker_pb2
+
+Send = Callable[[worker_pb2.JobsRequest], None]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A job that was sent and has not ended."""
+
+    number: int
+    kind: Literal["prefill", "decode"]
+    model: str
+    share: float
+    members: dict[int, Sequence] = field(default_factory=dict)
+    """By sequence number. One that is closed stays; one that finished while decoding has left."""
+    ends: dict[int, int] = field(default_factory=dict)
+    """Prefill: where each sequence's chunk ends."""
+    tokens: int = 0
+    """Prefill: tokens to compute. Decode: tokens sampled so far."""
+    ending: bool = False
+    """Whether its lease was ended."""
+
+
+class Seats:
+    """Empty and not connected until `connect`."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, common_pb2.ModelShape] = {}
+        """Models that are loaded."""
+        self.cores = 1
+        self.total_blocks = 0
+        self.sequences: dict[int, Sequence] = {}
+        """All that hold a slot."""
+        self.jobs: dict[int, Job] = {}
+        self._send: Send | None = None
+        self._last = 0
+
+    @property
+    def connected(self) -> bool:
+        """Whether the Jobs stream is open."""
+        return self._send is not None
+
+    def connect(self, info: worker_pb2.WorkerInfo, send: Send) -> None:
+        """The stream is open; the worker holds nothing of ours."""
+        self._send = send
+        self.update(info)
+
+    def update(self, info: worker_pb2.WorkerInfo) -> None:
+        """Models or executors have changed."""
+        self.shapes = {loaded.model: loaded.shape for loaded in info.models}
+        self.cores = max(1, info.compute_units)
+        self.total_blocks = info.pool.total_blocks
+
+    def disconnect(self) -> None:
+        """The stream has ended: every sequence is gone."""
+        self._send = None
+        for sequence in self.sequences.values():
+            if sequence.request is not None:
+                sequence.request.sequence = None
+        self.sequences.clear()
+        self.jobs.clear()
+
+    def send(self, message: worker_pb2.JobsRequest) -> None:
+        """Send, if connected."""
+        if self._send is not None:
+            self._send(message)
+
+    # Books
+
+    def groups(self, model: str, tokens: int) -> int:
+        """Block groups that `tokens` tokens of `model` take."""
+        return -(-tokens // self.shapes[model].tokens_per_block)
+
+    def blocks(self, sequence: Sequence) -> int:
+        """Blocks that it holds."""
+        shape = self.shapes.get(sequence.model)
+        return sequence.groups * shape.blocks_per_span if shape is not None else 0
+
+    @property
+    def available(self) -> int:
+        """Blocks that no sequence holds."""
+        return self.total_blocks - sum(map(self.blocks, self.sequences.values()))
+
+    # Orders
+
+    def prefill(self, order: PrefillJob, requests: Iterable[Request]) -> None:
+        """Send a prefill job, and open its sequences where they are not. `requests` match the order's
+        chunks."""
+        job = self._new_job("prefill", order.model, order.share)
+        chunks = []
+        for chunk, request in zip(order.chunks, requests, strict=True):
+            sequence = request.sequence or self._open(request)
+            self._join(job, sequence, chunk.end)
+            job.ends[sequence.number] = chunk.end
+            job.tokens += chunk.end - chunk.start
+            chunks.append(
+                worker_pb2.PrefillJob.Chunk(sequence=sequence.number, start=chunk.start, end=chunk.end)
+            )
+        message = worker_pb2.PrefillJob(job=job.number, model=job.model, chunks=chunks, share=job.share)
+        self.send(worker_pb2.JobsRequest(prefill=message))
+
+    def decode(self, order: DecodeJob, requests: Iterable[Request]) -> None:
+        """Send a decode job."""
+        job = self._new_job("decode", order.model, order.share)
+        for request in requests:
+            sequence = request.sequence
+            assert sequence is not None, "the policy decodes what runs"
+            # The last token's KV is never written.
+            self._join(job, sequence, min(request.known + order.steps - 1, request.limit - 1))
+            sequence.decoded = True
+        message = worker_pb2.DecodeJob(
+            job=job.number, model=job.model, sequences=job.members, steps=order.steps, share=job.share
+        )
+        self.send(worker_pb2.JobsRequest(decode=message))
+
+    def end_lease(self, number: int) -> None:
+        """End a decode job after the step that runs. A prefill job runs to its end."""
+        job = self.jobs[number]
+        if job.kind == "decode" and not job.ending:
+            job.ending = True
+            self.send(worker_pb2.JobsRequest(end_lease=worker_pb2.EndLease(job=number)))
+
+    def close(self, sequences: Iterable[Sequence]) -> None:
+        """Give their slots and blocks back; of those in a job when it ends, for which a lease is ended."""
+        numbers = []
+        for sequence in sequences:
+            if sequence.request is not None:
+                sequence.request.sequence = None
+                sequence.request = None
+            if sequence.number not in self.sequences:
+                continue
+            numbers.append(sequence.number)
+            if sequence.job is None:
+                del self.sequences[sequence.number]
+            else:
+                self.end_lease(sequence.job)
+        if numbers:
+            self.send(worker_pb2.JobsRequest(close=worker_pb2.CloseSequences(sequences=numbers)))
+
+    # What came back
+
+    def leave(self, sequence: Sequence) -> None:
+        """It finished while decoding: the worker has taken it out of the job's batch."""
+        if sequence.job is not None and self.jobs[sequence.job].kind == "decode":
+            del self.jobs[sequence.job].members[sequence.number]
+            sequence.job = None
+
+    def end(self, number: int) -> Job | None:
+        """A job has ended: its members are in none now, and those that were closed are gone. None: unknown
+        job."""
+        job = self.jobs.pop(number, None)
+        if job is None:
+            return None
+        for sequence in job.members.values():
+            sequence.job = None
+            if sequence.request is None:
+                del self.sequences[sequence.number]
+        return job
+
+    def lose(self, sequences: Iterable[Sequence]) -> list[Request]:
+        """The worker has closed these itself; returns the requests that lost their seats."""
+        lost = []
+        for sequence in sequences:
+            self.sequences.pop(sequence.number, None)
+            if sequence.request is not None:
+                sequence.request.sequence = None
+                lost.append(sequence.request)
+                sequence.request = None
+        return lost
+
+    def _new_job(self, kind: Literal["prefill", "decode"], model: str, share: float) -> Job:
+        self._last += 1
+        job = self.jobs[self._last] = Job(self._last, kind, model, share)
+        return job
+
+    def _join(self, job: Job, sequence: Sequence, tokens: int) -> None:
+        sequence.groups = max(sequence.groups, self.groups(job.model, tokens))
+        sequence.job = job.number
+        job.members[sequence.number] = sequence
+
+    def _open(self, request: Request) -> Sequence:
+        self._last += 1
+        sequence = Sequence(self._last, request.model, request)
+        self.sequences[sequence.number] = request.sequence = sequence
+        queued = request.queued
+        message = worker_pb2.OpenSequence(
+            sequence=sequence.number,
+            model=request.model,
+            token_ids=[*queued.prompt_tokens, *request.output],
+            prompt_length=len(queued.prompt_tokens),
+            sampling=queued.sampling,
+            stop_token_ids=queued.stop_token_ids,
+            limit=request.limit,
+            logprobs=queued.logprobs if queued.HasField("logprobs") else None,
+        )
+        self.send(worker_pb2.JobsRequest(open=message))
+        return sequence

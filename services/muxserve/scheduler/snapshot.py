@@ -1,0 +1,84 @@
+"""What the policy sees of a unit."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+from muxserve.scheduler.policy.interface import ModelSnapshot, Pool, Running, RunningJob, Snapshot, Waiting
+from muxserve.scheduler.requests import Request
+from muxserve.scheduler.seats import Seats
+from muxserve.v1 import common_pb2
+
+
+def take(
+    seats: Seats,
+    requests: Iterable[Request],
+    configs: Mapping[str, common_pb2.ModelConfig],
+    quotas: Mapping[str, int],
+    now: float,
+) -> Snapshot:
+    """The unit as it is: models that are loaded and configured, requests that may be served at `now`."""
+    names = sorted(name for name in seats.shapes if name in configs)
+    waiting: dict[str, list[Waiting]] = defaultdict(list)
+    running: dict[str, list[Running]] = defaultdict(list)
+    for request in requests:
+        if request.running:
+            running[request.model].append(_running(request))
+        elif not request.awaiting_resume and request.not_before <= now:
+            waiting[request.model].append(_waiting(request))
+    open_sequences: Counter[str] = Counter()
+    held: Counter[str] = Counter()
+    closing: Counter[str] = Counter()
+    for sequence in seats.sequences.values():
+        open_sequences[sequence.model] += 1
+        (closing if sequence.request is None else held)[sequence.model] += seats.blocks(sequence)
+    models = tuple(
+        ModelSnapshot(
+            model=name,
+            tokens_per_block=(shape := seats.shapes[name]).tokens_per_block,
+            blocks_per_span=shape.blocks_per_span,
+            slots_free=max(0, shape.slots - open_sequences[name]),
+            quota=quotas.get(name),
+            waiting=tuple(waiting[name]),
+            running=tuple(running[name]),
+            held=held[name],
+            closing=closing[name],
+            pinned_quota=configs[name].quota_blocks,
+            rate=configs[name].rate,
+        )
+        for name in names
+    )
+    jobs = tuple(
+        RunningJob(job.number, job.kind, job.model, job.share, job.ending) for job in seats.jobs.values()
+    )
+    return Snapshot(models, Pool(seats.total_blocks, seats.available), jobs, seats.cores)
+
+
+def _waiting(request: Request) -> Waiting:
+    sequence = request.sequence
+    if sequence is None:
+        return Waiting(request.number, request.arrival, request.known)
+    return Waiting(
+        request.number,
+        request.arrival,
+        request.known,
+        computed=sequence.computed,
+        groups=sequence.groups,
+        open=True,
+        in_job=sequence.job is not None,
+    )
+
+
+def _running(request: Request) -> Running:
+    sequence = request.sequence
+    assert sequence is not None, "what runs has a seat"
+    return Running(
+        request.number,
+        request.arrival,
+        request.known,
+        request.limit,
+        sequence.groups,
+        in_job=sequence.job is not None,
+        decoded=sequence.decoded,
+    )

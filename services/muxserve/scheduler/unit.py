@@ -1,0 +1,430 @@
+"""`Unit`: the requests of one unit, from their delivery to their end. Never waits for anybody.
+
+    delivered ─► waiting ─► prefilling ─► running ─► finished
+        │           ▲            │            │
+        └► awaiting resume       └── lost or preempted: back to waiting, in the order of arrival
+
+Everything that happens (deliveries, cancels, the worker's messages, timers) changes state at once and asks
+for one turn of the policy, which comes when the event loop has heard what else there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import structlog
+from google.rpc import code_pb2
+
+from muxserve.common.queue import Delivery
+from muxserve.scheduler import snapshot
+from muxserve.scheduler.acks import Acknowledger
+from muxserve.scheduler.gateways import GatewayHub
+from muxserve.scheduler.policy.interface import (
+    AdaptQuotas,
+    Decision,
+    DecodeJob,
+    EndLease,
+    JobEnded,
+    Policy,
+    Preempt,
+    PrefillJob,
+)
+from muxserve.scheduler.requests import Event, Request
+from muxserve.scheduler.seats import Job, Seats, Send
+from muxserve.v1 import admin_pb2, common_pb2, inference_pb2, scheduler_pb2, worker_pb2
+
+log = structlog.get_logger(__name__)
+
+RESUME_GRACE = 10.0
+"""Seconds that an attached gateway has to answer a resume query."""
+MAX_TROUBLES = 8
+"""Times in a row that a request may lose its sequence to a fault before it fails."""
+FIRST_PAUSE, LAST_PAUSE = 0.01, 1.0
+"""Seconds that a request which the worker refused is left alone, doubling."""
+SCHEDULED_AHEAD = 4
+"""Requests that wait here at least, if there are any, even of a model with fewer slots."""
+
+FINISH = {
+    worker_pb2.SEQUENCE_STATE_RUNNING: common_pb2.FINISH_REASON_UNSPECIFIED,
+    worker_pb2.SEQUENCE_STATE_STOP: common_pb2.FINISH_REASON_STOP,
+    worker_pb2.SEQUENCE_STATE_LENGTH: common_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class Unit:
+    """One unit's state machine. Lives in the event loop's thread."""
+
+    def __init__(
+        self, name: str, policy_name: str, policy: Policy, hub: GatewayHub, acks: Acknowledger
+    ) -> None:
+        self.name = name
+        self.seats = Seats()
+        self.quotas: dict[str, int] = {}
+        self.quota_revision = 0
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after every turn: room in the queues or quotas may have changed."""
+        self._policy_name = policy_name
+        self._policy = policy
+        self._hub = hub
+        self._acks = acks
+        self._configs: dict[str, common_pb2.ModelConfig] = {}
+        self._requests: dict[str, Request] = {}
+        self._by_number: dict[int, Request] = {}
+        self._ending: set[tuple[str, str]] = set()
+        """(model, entry) of finished requests that are not acknowledged yet."""
+        self._turn_due = False
+        self._last_number = 0
+        self._jobs: Counter[str] = Counter()
+        self._preemptions: Counter[str] = Counter()
+        self._generated: Counter[str] = Counter()
+        self._prefilled: Counter[str] = Counter()
+
+    # Models and quotas
+
+    def place(self, unit: admin_pb2.Unit, elsewhere: set[str]) -> None:
+        """Take the unit's part of the placement. Requests of models that are gone or failed fail; `elsewhere`
+        are models of other units."""
+        self._configs = {
+            m.config.name: m.config for m in unit.models if m.state != inference_pb2.MODEL_STATE_FAILED
+        }
+        failed = {m.config.name: m.reason for m in unit.models if m.config.name not in self._configs}
+        for request in list(self._requests.values()):
+            if request.model in failed:
+                self._fail(request, code_pb2.UNAVAILABLE, f"the model failed: {failed[request.model]}")
+            elif request.model not in self._configs and request.model not in elsewhere:
+                self._fail(request, code_pb2.NOT_FOUND, f'no model named "{request.model}"')
+        self.quotas = {name: blocks for name, blocks in self.quotas.items() if name in self._configs}
+        self._ask_turn()
+
+    @property
+    def models(self) -> list[str]:
+        """Models placed here."""
+        return sorted(self._configs)
+
+    def serves(self, model: str) -> bool:
+        """Whether the worker is there and has loaded it."""
+        return self.seats.connected and model in self._configs and model in self.seats.shapes
+
+    def room(self, model: str) -> int:
+        """Requests of `model` to pull from its queue now: as many as could be waiting behind a full house."""
+        if not self.serves(model):
+            return 0
+        waiting = sum(r.sequence is None for r in self._requests.values() if r.model == model)
+        return max(0, max(SCHEDULED_AHEAD, self.seats.shapes[model].slots) - waiting)
+
+    def known(self, model: str) -> set[str]:
+        """Entries of `model` that are in good hands."""
+        live = {r.entry_id for r in self._requests.values() if r.model == model}
+        ending = {entry_id for name, entry_id in self._ending if name == model}
+        return live | ending | self._acks.pending(model)
+
+    def set_quotas(self, blocks: Mapping[str, int], revision: int) -> None:
+        """Put quotas in force."""
+        self.quotas = {name: count for name, count in blocks.items() if name in self._configs}
+        self.quota_revision = revision
+        self._send_quotas()
+        self._ask_turn()
+
+    # Requests
+
+    def deliver(self, delivery: Delivery) -> None:
+        """A request from the queue."""
+        self._last_number += 1
+        request = Request.from_delivery(self._last_number, delivery)
+        if (before := self._requests.get(request.id)) is not None:
+            if before.entry_id == delivery.entry_id:
+                before.attempt = max(before.attempt, delivery.attempt)
+            else:  # an admission that was tried twice: the first one lives
+                self._acks.add(delivery.model, delivery.entry_id)
+            return
+        self._requests[request.id] = self._by_number[request.number] = request
+        loop = asyncio.get_running_loop()
+        if request.model not in self._configs:
+            self._fail(request, code_pb2.NOT_FOUND, f'no model named "{request.model}"')
+            return
+        if misfit := self._misfit(request):
+            self._fail(request, code_pb2.INVALID_ARGUMENT, misfit)
+            return
+        if deadline := request.queued.deadline_unix_ms:
+            left = deadline / 1000 - time.time()
+            if left <= 0:
+                self._expire(request)
+                return
+            request.timer = loop.call_later(left, self._expire, request)
+        if request.awaiting_resume:
+            loop.call_later(RESUME_GRACE, self._give_up_resume, request)
+        self._hub.send(request.gateway, [request.started()])
+        self._ask_turn()
+
+    def cancel(self, request_id: str) -> None:
+        """See `RequestOwner`."""
+        if (request := self._requests.get(request_id)) is not None:
+            self._drop(request)
+            self._acks.add(request.model, request.entry_id)
+
+    def resume(self, answer: scheduler_pb2.AttachRequest.Resume) -> None:
+        """See `RequestOwner`."""
+        request = self._requests.get(answer.request_id)
+        if request is None or not request.awaiting_resume or answer.attempt != request.attempt:
+            return
+        if answer.gone:
+            self.cancel(request.id)
+            return
+        request.resume(list(answer.emitted_tokens))
+        if finish := request.finished_by():
+            event = request.tokens(request.resumed_at, finish)
+            self._hub.send(request.gateway, [event])
+            self._finish(request, event)
+        self._ask_turn()
+
+    def replay(self, gateway: str) -> list[Event]:
+        """See `RequestOwner`."""
+        mine = (r for r in self._requests.values() if r.gateway == gateway)
+        return [event for request in mine for event in request.replay()]
+
+    def gateway_lost(self, gateway: str) -> None:
+        """See `RequestOwner`."""
+        for request in [r for r in self._requests.values() if r.gateway == gateway]:
+            self.cancel(request.id)
+
+    def abandon(self) -> None:
+        """Somebody else runs this unit now and will claim its requests: forget them."""
+        for request in list(self._requests.values()):
+            self._drop(request)
+
+    # The worker
+
+    def connected(self, info: worker_pb2.WorkerInfo, send: Send) -> None:
+        """The Jobs stream is open."""
+        self.seats.connect(info, send)
+        for request in list(self._requests.values()):
+            if misfit := self._misfit(request):
+                self._fail(request, code_pb2.INVALID_ARGUMENT, misfit)
+        self._send_quotas()
+        self._ask_turn()
+
+    def disconnected(self) -> None:
+        """The Jobs stream has ended: all that ran waits again."""
+        self.seats.disconnect()
+        self.on_change()
+
+    def handle(self, response: worker_pb2.JobsResponse) -> None:
+        """A message of the worker."""
+        match response.WhichOneof("kind"):
+            case "step":
+                self._on_step(response.step)
+            case "done":
+                self._on_done(response.done)
+                self._ask_turn()
+            case "info":
+                self.seats.update(response.info)
+                self._ask_turn()
+
+    def _on_step(self, step: worker_pb2.StepEvents) -> None:
+        events: dict[str, list[Event]] = defaultdict(list)
+        ended: list[tuple[Request, Event]] = []
+        job = self.seats.jobs.get(step.job)
+        for index, number in enumerate(step.sequences):
+            sequence = self.seats.sequences.get(number)
+            if job is None or sequence is None or (request := sequence.request) is None:
+                continue
+            if step.positions[index] != request.known:
+                self._disagree(
+                    request, f"token at position {step.positions[index]} instead of {request.known}"
+                )
+                continue
+            wants_logprobs = bool(step.logprobs) and request.queued.HasField("logprobs")
+            request.append(step.token_ids[index], step.logprobs[index] if wants_logprobs else None)
+            if job.kind == "decode":
+                sequence.computed = step.positions[index]
+                job.tokens += 1
+            self._generated[request.model] += 1
+            finish = FINISH.get(step.states[index], common_pb2.FINISH_REASON_UNSPECIFIED)
+            event = request.tokens(len(request.output) - 1, finish)
+            events[request.gateway].append(event)
+            if finish:
+                ended.append((request, event))
+        for gateway, batch in events.items():
+            self._hub.send(gateway, batch)
+        if ended:
+            self._leave([request for request, _ in ended])
+            for request, event in ended:
+                self._finish(request, event)
+            self._ask_turn()
+
+    def _leave(self, requests: Iterable[Request]) -> None:
+        """Close the sequences of requests that have finished, all in one message."""
+        sequences = [request.sequence for request in requests if request.sequence is not None]
+        for sequence in sequences:
+            self.seats.leave(sequence)
+        self.seats.close(sequences)
+
+    def _on_done(self, done: worker_pb2.JobDone) -> None:
+        job = self.seats.end(done.job)
+        if job is None:
+            return
+        if done.outcome != worker_pb2.JOB_OUTCOME_OK:
+            log.warning("job lost", unit=self.name, model=job.model, kind=job.kind, error=done.error)
+            for request in self.seats.lose(job.members.values()):
+                self._trouble(request, done.error)
+            return
+        refused = {refusal.sequence: refusal.reason for refusal in done.refused}
+        for number, sequence in job.members.items():
+            if number in refused:
+                self._refused(sequence.request, refused[number])
+            elif job.kind == "prefill":
+                sequence.computed = job.ends[number]
+        self._account(job, done)
+
+    def _account(self, job: Job, done: worker_pb2.JobDone) -> None:
+        if not done.refused:
+            self._policy.observe(JobEnded(job.kind, job.model, job.tokens, done.seconds))
+        if job.kind == "prefill":
+            self._prefilled[job.model] += job.tokens
+
+    def _refused(self, request: Request | None, reason: worker_pb2.RefusalReason.ValueType) -> None:
+        """The worker could not take a request's sequence into a job: it is computed anew, a little later."""
+        if request is None or request.sequence is None:
+            return
+        name = worker_pb2.RefusalReason.Name(reason)
+        log.warning("sequence refused", unit=self.name, request=request.id, reason=name)
+        self.seats.close([request.sequence])
+        self._preemptions[request.model] += 1
+        pause = min(LAST_PAUSE, FIRST_PAUSE * 2**request.troubles)
+        loop = asyncio.get_running_loop()
+        request.not_before = loop.time() + pause
+        loop.call_later(pause, self._ask_turn)
+        self._trouble(request, f"the worker refuses it: {name}")
+
+    def _trouble(self, request: Request, reason: str) -> None:
+        """It lost its sequence to a fault; it waits again, unless that happens over and over."""
+        request.troubles += 1
+        if request.troubles > MAX_TROUBLES:
+            self._fail(request, code_pb2.INTERNAL, f"gave up after {request.troubles} attempts: {reason}")
+
+    def _disagree(self, request: Request, what: str) -> None:
+        """The worker and this unit have lost each other: compute the request anew."""
+        log.error("worker out of step", unit=self.name, request=request.id, what=what)
+        if request.sequence is not None:
+            self.seats.close([request.sequence])
+        self._trouble(request, what)
+        self._ask_turn()
+
+    def _misfit(self, request: Request) -> str:
+        """Why the request can never be served here, or nothing. Gateways have checked it against what they
+        knew."""
+        shape = self.seats.shapes.get(request.model)
+        if not request.queued.prompt_tokens or not request.queued.max_tokens:
+            return "prompt and max_tokens must not be empty"
+        if shape is not None and request.limit > shape.context_length:
+            return f"{request.limit} tokens are over the context of {shape.context_length}"
+        return ""
+
+    # Ends
+
+    def _expire(self, request: Request) -> None:
+        self._fail(request, code_pb2.DEADLINE_EXCEEDED, "the request's deadline passed")
+
+    def _give_up_resume(self, request: Request) -> None:
+        if request.awaiting_resume and self._requests.get(request.id) is request:
+            log.warning("no answer to a resume query; request dropped", request=request.id)
+            self.cancel(request.id)
+
+    def _fail(self, request: Request, code: int, message: str) -> None:
+        event = request.failed(code, message, 1.0 if code == code_pb2.UNAVAILABLE else None)
+        self._hub.send(request.gateway, [event])
+        self._finish(request, event)
+
+    def _finish(self, request: Request, event: Event) -> None:
+        """It is over and its gateway was sent `event`; acknowledged when that has surely arrived."""
+        self._drop(request)
+        if event.HasField("tokens"):
+            event = request.tokens(request.resumed_at, event.tokens.finish_reason)
+        entry = (request.model, request.entry_id)
+        self._ending.add(entry)
+
+        def settle() -> None:
+            self._ending.discard(entry)
+            self._acks.add(*entry)
+
+        self._hub.finished(request.gateway, request.id, event, settle)
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request, wherever it is; what it holds at the worker is given back."""
+        del self._requests[request.id], self._by_number[request.number]
+        request.awaiting_resume = False
+        if request.timer is not None:
+            request.timer.cancel()
+        if request.sequence is not None:
+            self.seats.close([request.sequence])
+        self._ask_turn()
+
+    # Turns
+
+    def _ask_turn(self) -> None:
+        if not self._turn_due:
+            self._turn_due = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._turn_due = False
+        if self.seats.connected:
+            now = asyncio.get_running_loop().time()
+            seen = snapshot.take(self.seats, self._requests.values(), self._configs, self.quotas, now)
+            for decision in self._policy.decide(seen, now):
+                self._carry_out(decision)
+        self.on_change()
+
+    def _carry_out(self, decision: Decision) -> None:
+        match decision:
+            case PrefillJob():
+                self._jobs["prefill"] += 1
+                self.seats.prefill(decision, [self._by_number[c.sequence] for c in decision.chunks])
+            case DecodeJob():
+                self._jobs["decode"] += 1
+                self.seats.decode(decision, [self._by_number[number] for number in decision.sequences])
+            case Preempt(number):
+                request = self._by_number[number]
+                self._preemptions[request.model] += 1
+                if request.sequence is not None:
+                    self.seats.close([request.sequence])
+            case EndLease(job):
+                self.seats.end_lease(job)
+            case AdaptQuotas(quotas):
+                self.quotas = dict(quotas)
+                self.quota_revision += 1
+                self._send_quotas()
+
+    def _send_quotas(self) -> None:
+        message = worker_pb2.SetQuotas(revision=self.quota_revision, blocks=self.quotas)
+        self.seats.send(worker_pb2.JobsRequest(quotas=message))
+
+    # Status
+
+    def status(self) -> scheduler_pb2.UnitStatus:
+        """For operators."""
+        running = Counter(r.model for r in self._requests.values() if r.sequence is not None)
+        waiting = Counter(r.model for r in self._requests.values() if r.sequence is None)
+        models = [
+            scheduler_pb2.UnitModelStatus(
+                model=name,
+                running=running[name],
+                waiting=waiting[name],
+                quota_blocks=self.quotas.get(name, 0),
+                preemptions=self._preemptions[name],
+                generated_tokens=self._generated[name],
+                prefill_tokens=self._prefilled[name],
+            )
+            for name in self.models
+        ]
+        return scheduler_pb2.UnitStatus(
+            unit=self.name,
+            connected=self.seats.connected,
+            policy=self._policy_name,
+            models=models,
+            prefill_jobs=self._jobs["prefill"],
+            decode_jobs=self._jobs["decode"],
+        )
