@@ -97,7 +97,7 @@ def plan(config: DeploymentConfig, redis_directory: Path, redis_binary: Path) ->
             ),
             service("placement", "placement-0", 2, 2.0, {"models": models, "workers": config.workers}),
             service("scheduler", "scheduler-0", 1, 2.0, {"policy": config.policy}),
-            service("gateway", "gateway-0", 0, 3.0, {}),
+            service("gateway", "gateway-0", 0, 3.5, {"drain": 2.0}),
             *(
                 service("worker", name, 2, 3.0, _worker_settings(config, number))
                 for number, name in enumerate(workers)
