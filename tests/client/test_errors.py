@@ -65,6 +65,13 @@ def test_a_bad_request_names_its_field(client: Any, peer: Peer) -> None:
     assert (caught.value.field, caught.value.description) == ("sampling.top_p", "is wrong")
 
 
+def test_any_error_may_name_a_field(client: Any, peer: Peer) -> None:
+    peer.script = aborting(refusal(grpc.StatusCode.NOT_FOUND, field="model"))
+    with pytest.raises(sdk.NotFound) as caught:
+        client.generate("z", "Hi")
+    assert caught.value.field == "model"
+
+
 def test_a_status_without_details_still_has_the_request_id_that_was_sent(client: Any, peer: Peer) -> None:
     def script(_: object, context: grpc.ServicerContext) -> Any:
         context.abort(grpc.StatusCode.INTERNAL, "oops")

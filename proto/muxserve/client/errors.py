@@ -53,22 +53,22 @@ class MuxServeError(Exception):
         self.violations = details.violations
         """Everything that is wrong with the request, if that is what is wrong."""
 
-    def __str__(self) -> str:
-        return f"{self.message} (request {self.request_id})" if self.request_id else self.message
-
-
-class InvalidRequest(MuxServeError):
-    """A field of the request is missing, malformed or out of range. Nothing was changed."""
-
     @property
     def field(self) -> str:
-        """Path of the first field at fault, for example `sampling.top_p`. Empty: not said."""
+        """Path of the first field at fault, for example `sampling.top_p`. Empty: none, or not said."""
         return self.violations[0].field if self.violations else ""
 
     @property
     def description(self) -> str:
         """What is wrong with it."""
         return self.violations[0].description if self.violations else self.message
+
+    def __str__(self) -> str:
+        return f"{self.message} (request {self.request_id})" if self.request_id else self.message
+
+
+class InvalidRequest(MuxServeError):
+    """A field of the request is missing, malformed or out of range. Nothing was changed."""
 
     @classmethod
     def of(cls, field: str, description: str, request_id: str | None = None) -> Self:
