@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from muxserve.common.store import connect
 from redis.asyncio import Redis
 
+from muxserve.common.store import connect
 from tests.support.valkey import ValkeyProcess
 
 

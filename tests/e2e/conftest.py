@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from muxserve.client import AdminClient, Client
 from tests.engine.model_factory import make_model
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from muxserve.client import AsyncClient
 
+from muxserve.client import AsyncClient
 from tests.e2e.conftest import Cluster, running
 
 PROMPTS = [

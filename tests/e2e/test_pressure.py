@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from muxserve.client import AsyncClient
 
+from muxserve.client import AsyncClient
 from tests.e2e.conftest import Cluster, running
 
 TOKENS = 48

@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 import pytest
+
 from muxserve.client import Client, InvalidRequest, MuxServeError, NotFound
 from muxserve.v1 import inference_pb2, inference_pb2_grpc
-
 from tests.e2e.conftest import MUXSERVE, Cluster
 
 

@@ -10,8 +10,8 @@ import pytest
 import transformers
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from muxserve.client import AsyncClient, Client
 
+from muxserve.client import AsyncClient, Client
 from tests.e2e.conftest import Cluster
 
 PROMPT = "The capital of France is"

@@ -13,8 +13,8 @@ ITEMSIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Rotary position embedding of a layer.
 
-    `inverse_frequencies` has `rotary_dim / 2` entries with any scaling (linear, llama3, yarn, longrope) already
-    applied, so the decoder knows nothing of scaling kinds; `attention_factor` multiplies cos and sin.
+    `inverse_frequencies` has `rotary_dim / 2` entries with any scaling (linear, llama3, yarn, longrope)
+    already applied, so the decoder knows nothing of scaling kinds; `attention_factor` multiplies cos and sin.
     Rotation is the half-split ("neox") form, as in transformers.
     """
 
@@ -67,8 +67,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     """How one model's KV is cut into blocks of an arena.
 
-    A block is `[2 (K, V), tokens_per_block, head_dim]` of `dtype` at byte `block_id * block_bytes`; bytes past
-    `2 * tokens_per_block * head_dim * itemsize` are unused.
+    A block is `[2 (K, V), tokens_per_block, head_dim]` of `dtype` at byte `block_id * block_bytes`; bytes
+    past `2 * tokens_per_block * head_dim * itemsize` are unused.
     """
 
     layers: int

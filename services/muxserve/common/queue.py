@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import DecodeError
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
 from muxserve.common import keys
 from muxserve.common.errors import Overloaded
 from muxserve.common.store import RETRY_AFTER, redis_errors
 from muxserve.v1 import scheduler_pb2
-from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 GROUP = "schedulers"
 FIELD = b"r"

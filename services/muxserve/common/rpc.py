@@ -9,6 +9,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from muxserve.common.errors import Internal, ServiceError, to_status
 
 log = structlog.get_logger(__name__)

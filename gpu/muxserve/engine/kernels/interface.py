@@ -42,7 +42,8 @@ class RaggedBatch:
     history: a sequence's keys are positions `[0, context_lengths[s])`, its queries the last ones of those.
 
     slots: int64 `[S]`; query_starts: int64 `[S + 1]`, prefix sums of query lengths; context_lengths: int64 `[S]`,
-    history plus this batch's own tokens; positions: int64 `[N]`; token_slots: int64 `[N]`, each token's slot.
+    history plus this batch's own tokens; positions: int64 `[N]`; token_slots: int64 `[N]`, each token's
+    slot.
     """
 
     slots: Tensor
@@ -72,7 +73,7 @@ class AttentionKernels(Protocol):
     ) -> Tensor:
         """Causal attention of `query` `[N, heads, head_dim]` over the cache; same shape and dtype out.
 
-        Scores are `query · key * scale`, then `soft_cap * tanh(score / soft_cap)` if given; a query at position p
-        sees keys `j <= p` with `p - j < window`. Head h reads KV head `h // (heads / kv_heads)`. Accumulates in
-        float32.
+        Scores are `query · key * scale`, then `soft_cap * tanh(score / soft_cap)` if given; a query at
+        position p sees keys `j <= p` with `p - j < window`. Head h reads KV head `h // (heads / kv_heads)`.
+        Accumulates in float32.
         """
