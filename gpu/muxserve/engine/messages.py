@@ -68,8 +68,8 @@ class RemoveModel(msgspec.Struct, frozen=True, tag=True):
 
 
 class PrefillChunk(msgspec.Struct, frozen=True):
-    """Tokens `[start, end)` of `slot`. `sampling` is given for the chunk that ends the known tokens: the token
-    at position `end` is then sampled and written to the token table."""
+    """Tokens `[start, end)` of `slot`. `sampling` is given for the chunk that ends the known tokens: the
+    token at position `end` is then sampled and written to the token table."""
 
     slot: int
     start: int
