@@ -18,7 +18,11 @@ from muxserve.engine.kernels.interface import AttentionKernels, KVCache, RaggedB
 from muxserve.engine.kernels.reference import ReferenceKernels
 from muxserve.engine.spec import ITEMSIZE, DType, KVLayout
 
-KERNELS: dict[str, AttentionKernels] = {"cpu": CpuKernels(), "reference": ReferenceKernels()}
+KERNELS: dict[str, AttentionKernels] = {
+    "in place": CpuKernels(in_place_work=1 << 60),
+    "gathered": CpuKernels(in_place_work=0),
+    "reference": ReferenceKernels(),
+}
 LAYERS = 2
 EXACT = {"float32": 2e-5, "bfloat16": 2**-8}
 """Bound on |error| / max(1, |value|): float32 sums in another order; bfloat16 rounds the result once (half a
@@ -175,8 +179,8 @@ def lengths_around(tokens_per_block: int) -> st.SearchStrategy[tuple[int, int]]:
     return st.tuples(border, st.one_of(st.just(1), st.just(0), border)).filter(lambda pair: sum(pair) > 0)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("name", KERNELS)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_attention_over_blocks_is_dense_attention(name: str, data: st.DataObject) -> None:
     layout = data.draw(layouts())
@@ -297,16 +301,17 @@ def test_nan_of_a_model_reaches_its_output_and_no_other(queries: int) -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 6])
-def test_a_span_without_a_block_is_an_error_and_touches_nothing(queries: int) -> None:
+@pytest.mark.parametrize("name", ["in place", "gathered"])
+def test_a_span_without_a_block_is_an_error_and_touches_nothing(name: str, queries: int) -> None:
     layout = KVLayout(layers=1, kv_heads=2, head_dim=32, dtype="float32", block_bytes=1024)  # T = 4
     arena = torch.zeros(8 * 1024, dtype=torch.uint8)
     cache = KVCache.over(arena, torch.full((1, 1, 2, 4), -1, dtype=torch.int32), layout)
     batch = batch_of(torch.tensor([0]), [7], [queries])
     tokens = torch.ones(queries, 2, 32)
     with pytest.raises(UnallocatedBlockError, match="layer 0"):
-        CpuKernels().write(cache, 0, batch, tokens, tokens)
+        KERNELS[name].write(cache, 0, batch, tokens, tokens)
     with pytest.raises(UnallocatedBlockError, match="layer 0"):
-        CpuKernels().attend(cache, 0, batch, tokens, 0.2, None, None)
+        KERNELS[name].attend(cache, 0, batch, tokens, 0.2, None, None)
     assert not arena.any()
 
 

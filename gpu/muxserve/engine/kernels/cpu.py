@@ -61,6 +61,10 @@ class CpuKernels:
 
     _one_parallel_region = threading.Lock()
 
+    def __init__(self, in_place_work: int = _IN_PLACE_WORK) -> None:
+        """in_place_work: queries x context x heads up to which a prompt is attended in place."""
+        self._in_place_work = in_place_work
+
     def write(self, cache: KVCache, layer: int, batch: RaggedBatch, key: Tensor, value: Tensor) -> None:
         """See `AttentionKernels.write`."""
         words, _ = _word(cache.layout)
@@ -90,7 +94,7 @@ class CpuKernels:
         """See `AttentionKernels.attend`."""
         queries = query.float().contiguous()
         out = torch.empty_like(queries)
-        chosen, large = _split(batch, query.shape[1])
+        chosen, large = _split(batch, self._in_place_work // query.shape[1])
         self._in_place(cache, layer, batch, chosen, queries, scale, window, soft_cap, out)
         for s in large:
             first, last = batch.query_starts[s : s + 2].tolist()
@@ -140,12 +144,12 @@ class CpuKernels:
             raise UnallocatedBlockError(layer)
 
 
-def _split(batch: RaggedBatch, heads: int) -> tuple[NDArray[np.int64], list[int]]:
-    """Query tokens to be attended in place, and the sequences to be gathered."""
+def _split(batch: RaggedBatch, in_place: int) -> tuple[NDArray[np.int64], list[int]]:
+    """Query tokens to attend in place, and the sequences to gather: those of more than `in_place` scores."""
     if batch.max_query <= 1:
         return np.arange(batch.positions.shape[0]), []
     counts = np.diff(batch.query_starts.numpy())
-    large = (counts > 1) & (counts * batch.context_lengths.numpy() * heads > _IN_PLACE_WORK)
+    large = (counts > 1) & (counts * batch.context_lengths.numpy() > in_place)
     return np.flatnonzero(~large.repeat(counts)), np.flatnonzero(large).tolist()
 
 
