@@ -42,8 +42,8 @@ class RaggedBatch:
     history: a sequence's keys are positions `[0, context_lengths[s])`, its queries the last ones of those.
 
     slots: int64 `[S]`; query_starts: int64 `[S + 1]`, prefix sums of query lengths; context_lengths: int64
-    `[S]`, history plus this batch's own tokens; positions: int64 `[N]`; token_slots: int64 `[N]`, each token's
-    slot.
+    `[S]`, history plus this batch's own tokens; positions: int64 `[N]`; token_slots: int64 `[N]`, each
+    token's slot.
     """
 
     slots: Tensor
