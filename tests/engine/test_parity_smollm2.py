@@ -59,7 +59,7 @@ def reference(file: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def texts(file: Path, prompts: list[list[int]]) -> list[list[int]]:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return our_greedy(open_checkpoint(file, "float32"), prompts, NEW, chunk=64, block_bytes=16384)
 
 
@@ -75,6 +75,7 @@ def test_each_token_is_the_one_transformers_finds_likeliest(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_texts_are_what_transformers_generates(
     prompts: list[list[int]], texts: list[list[int]], reference: PreTrainedModel
 ) -> None:
