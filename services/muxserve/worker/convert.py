@@ -73,15 +73,21 @@ def opening(message: worker_pb2.OpenSequence) -> Opening:
 
 
 def prefill_order(message: worker_pb2.PrefillJob) -> PrefillOrder:
-    """A prefill job."""
+    """A prefill job. Raises InvalidArgument for a share that is none."""
     chunks = tuple(Chunk(chunk.sequence, chunk.start, chunk.end) for chunk in message.chunks)
-    return PrefillOrder(message.job, message.model, chunks, message.share)
+    return PrefillOrder(message.job, message.model, chunks, _share(message.share))
 
 
 def decode_order(message: worker_pb2.DecodeJob) -> DecodeOrder:
-    """A decode job; 0 steps are read as 1."""
+    """A decode job; 0 steps are read as 1. Raises InvalidArgument for a share that is none."""
     steps = max(1, message.steps)
-    return DecodeOrder(message.job, message.model, tuple(message.sequences), steps, message.share)
+    return DecodeOrder(message.job, message.model, tuple(message.sequences), steps, _share(message.share))
+
+
+def _share(share: float) -> float:
+    if not 0.0 < share <= 1.0:
+        raise InvalidArgument("share", f"{share} is not in (0, 1]")
+    return share
 
 
 def step_events(tokens: Tokens) -> worker_pb2.StepEvents:

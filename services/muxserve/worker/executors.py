@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -98,6 +97,7 @@ class ExecutorProcess:
     async def start(self) -> None:
         """Returns when it is ready. Raises ExecutorFailed if the first attempt comes to nothing."""
         self._supervisor = asyncio.create_task(self._supervise(), name=f"executor-{self.kind}")
+        self._supervisor.add_done_callback(self._supervisor_ended)
         await self._started
 
     async def stop(self) -> None:
@@ -105,8 +105,7 @@ class ExecutorProcess:
         if self._supervisor is None:
             return
         self._supervisor.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._supervisor
+        await asyncio.wait((self._supervisor,))
 
     async def add_model(self, message: AddModel, weights_fd: int, tables_fd: int) -> None:
         """Returns when jobs may name the model, now and after restarts. The descriptors must stay open until
@@ -150,6 +149,13 @@ class ExecutorProcess:
             self._on_change()
             pause = 0.0 if self._loop.time() - born > _STABLE else min(_LONGEST_PAUSE, 2 * pause + 0.1)
             await asyncio.sleep(pause)
+
+    def _supervisor_ended(self, supervisor: asyncio.Task[None]) -> None:
+        if supervisor.cancelled() or (error := supervisor.exception()) is None:
+            return
+        log.error("supervision of an executor failed", kind=self.kind, exc_info=error)
+        if not self._started.done():
+            self._started.set_exception(error)
 
     def _spawn(self) -> tuple[Child, asyncio.Future[None]]:
         ours, theirs = Link.pair()

@@ -12,6 +12,7 @@ import structlog
 
 from muxserve.engine.messages import UNFINISHED, JobDone, PrefillJob, Step
 from muxserve.engine.pool import BlockPool
+from muxserve.engine.shares import share_of_cores
 from muxserve.worker.executors import ExecutorOptions, ExecutorProcess
 from muxserve.worker.jobs import Plan, plan
 from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, Tokens
@@ -213,5 +214,5 @@ class Lanes:
     def _threads(self, share: float, lane: Lane) -> int:
         """A job's threads: its share of the cores, but no more than the other lane leaves, at least one."""
         neighbour = self.decode if lane is self.prefill else self.prefill
-        wanted = max(1, round(share * self._cores))
+        wanted = share_of_cores(share, self._cores)
         return max(1, min(wanted, self._cores - neighbour.threads_in_use))

@@ -40,7 +40,7 @@ class Worker:
     def __init__(self, settings: WorkerSettings, incarnation: str) -> None:
         self.settings = settings
         self.incarnation = incarnation
-        self._arena = SharedArena.create(settings.arena, settings.block_bytes)
+        self._arena = SharedArena.create(int(settings.arena), int(settings.block_bytes))
         self.pool = BlockPool(self._arena.blocks)
         options = ExecutorOptions(
             arena=self._arena.descriptor(),
@@ -51,13 +51,13 @@ class Worker:
         )
         self.lanes = Lanes(options, self.pool, self._changed)
         self.weights = WeightStore(
-            settings.weight_budget or 0, threads=settings.compute_units, timeout=settings.load_timeout
+            int(settings.weight_budget or 0), threads=settings.compute_units, timeout=settings.load_timeout
         )
         self.models = ModelTable(
             self.pool,
             self.weights,
             self.lanes.executors,
-            block_bytes=settings.block_bytes,
+            block_bytes=int(settings.block_bytes),
             slots=settings.slots,
             on_change=self._changed,
         )
@@ -96,7 +96,7 @@ class Worker:
         except PoolIntegrityError as found:
             log.exception("the pool's books do not balance")
             error = str(found)
-        return PoolReport(self.settings.block_bytes, self.pool, error)
+        return PoolReport(int(self.settings.block_bytes), self.pool, error)
 
     def _changed(self) -> None:
         if (session := self.sessions.current) is not None:

@@ -1,0 +1,40 @@
+"""Small random models, and one worker that most tests share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.engine.model_factory import make_model
+from tests.worker.harness import Harness, running_worker
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Head size 64, 3 layers of 2 KV heads: 6 blocks for 8 tokens in float32 with blocks of 4 KiB."""
+    return make_model("llama", tmp_path_factory.mktemp("llama"), head_dim=64, seed=1)
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another family and head size."""
+    return make_model("qwen3", tmp_path_factory.mktemp("qwen"), head_dim=80, seed=2)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared(llama: Path, qwen: Path) -> AsyncIterator[Harness]:
+    """A worker with "llama" in float32 and "qwen" in bfloat16."""
+    async with running_worker(cores=2) as harness:
+        await harness.load("llama", llama)
+        await harness.load("qwen", qwen, dtype="bfloat16")
+        yield harness
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def worker(shared: Harness) -> AsyncIterator[Harness]:
+    """That worker; after the test nothing may be left in its pool."""
+    yield shared
+    await shared.assert_idle()

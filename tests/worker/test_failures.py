@@ -1,0 +1,102 @@
+"""What dies, and what is left: executors come back, nothing else notices, nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from muxserve.v1 import worker_pb2
+from tests.worker.harness import LIMIT, Harness, Stream, running_worker
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+PROMPT = [7, 11, 13, 17, 19]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def fragile(llama: Path) -> AsyncIterator[Harness]:
+    """A worker of this module's own, whose executors are killed."""
+    async with running_worker() as harness:
+        await harness.load("llama", llama)
+        yield harness
+
+
+def pid_of(info: worker_pb2.WorkerInfo, kind: str) -> int:
+    return next(executor.pid for executor in info.executors if executor.kind == kind)
+
+
+async def restarted(stream: Stream, kind: str, before: int) -> worker_pb2.WorkerInfo:
+    """The state that the stream is told of once another executor is ready."""
+    async with asyncio.timeout(LIMIT):
+        while pid_of(info := await stream.infos.get(), kind) in (0, before):
+            pass
+    return info
+
+
+async def test_a_killed_decode_executor_costs_its_own_job_and_comes_back(fragile: Harness) -> None:
+    async with fragile.stream() as stream:
+        [whole] = await stream.generate("llama", [PROMPT], 300)
+        numbers = [await stream.open("llama", PROMPT, 300) for _ in range(2)]
+        await stream.prefill("llama", dict.fromkeys(numbers, (0, 5)))
+        job = await stream.start_decode("llama", numbers[:1], 299)
+        await stream.first_step(job)
+        pid = pid_of(await fragile.info(), "decode")
+        os.kill(pid, signal.SIGKILL)
+        result = await stream.result(job)
+        assert result.outcome == "EXECUTOR_LOST"
+        got = result.tokens[numbers[0]]
+        assert got == whole[1 : 1 + len(got)]
+        # Its sequence is closed; one that was in no job is as it was, and is decoded by the next executor.
+        assert (await stream.decode("llama", numbers, 299)).tokens == {numbers[1]: whole[1:]}
+        info = await restarted(stream, "decode", pid)
+        assert [executor.restarts for executor in info.executors] == [0, 1]
+    await fragile.assert_idle()
+
+
+async def test_a_killed_prefill_executor_does_not_disturb_decode(fragile: Harness) -> None:
+    async with fragile.stream() as stream:
+        [whole] = await stream.generate("llama", [PROMPT], 200)
+        number = await stream.open("llama", PROMPT, 200)
+        await stream.prefill("llama", {number: (0, 5)})
+        job = await stream.start_decode("llama", [number], 199)
+        pid = pid_of(await fragile.info(), "prefill")
+        os.kill(pid, signal.SIGKILL)
+        assert (await stream.result(job)).tokens[number] == whole[1:]
+        await restarted(stream, "prefill", pid)
+        assert await stream.generate("llama", [PROMPT], 200) == [whole]
+    await fragile.assert_idle()
+
+
+async def test_a_model_loaded_while_an_executor_is_away_is_known_to_its_successor(
+    fragile: Harness, qwen: Path
+) -> None:
+    async with fragile.stream() as stream:
+        os.kill(pid_of(await fragile.info(), "decode"), signal.SIGKILL)
+        await fragile.load("qwen", qwen)
+        assert len((await stream.generate("qwen", [PROMPT], 8))[0]) == 8
+    await fragile.unload("qwen")
+
+
+async def test_a_job_that_fails_leaves_the_executor_and_its_neighbours_alone(fragile: Harness) -> None:
+    """A token that is not in the vocabulary, put into the table behind the worker's back."""
+    tables = fragile.worker.models.loaded[0].tables
+    async with fragile.stream() as stream:
+        bad, good = [await stream.open("llama", PROMPT, 20) for _ in range(2)]
+        await stream.prefill("llama", dict.fromkeys((bad, good), (0, 5)))
+        slot = next(
+            slot for slot in range(8) if tables.blocks[0, slot, 0, 0] >= 0 and tables.owner(slot) == bad
+        )
+        tables.tokens[slot, 5] = 10**6
+        jobs = [await stream.start_decode("llama", [number], 5) for number in (bad, good)]
+        failed, went_on = [await stream.result(job) for job in jobs]
+        assert (failed.outcome, went_on.outcome) == ("FAILED", "OK")
+        assert "IndexError" in failed.done.error
+        assert (await stream.decode("llama", [bad, good], 1)).refused == {bad: "NOT_OPEN"}
+    assert [executor.restarts for executor in (await fragile.info()).executors] == [1, 2]
+    await fragile.assert_idle()
