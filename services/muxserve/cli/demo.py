@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ MAX_TOKENS = 64
 START_LIMIT = 300.0
 IDLE_LIMIT = 10.0
 STOP_LIMIT = 20.0
+LINE = 40
 
 
 class DemoFailed(Exception):
@@ -133,8 +134,29 @@ async def _stop(process: asyncio.subprocess.Process) -> int:
         return await process.wait()
 
 
-async def ask(client: AsyncClient, answer: Answer) -> None:
-    """Stream one answer."""
+class LinePrinter:
+    """Shows growing answers where nothing can be changed in place: a line per LINE characters or more."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = time.monotonic()
+        self._shown: dict[int, int] = {}
+
+    def show(self, answer: Answer) -> None:
+        """`answer` has grown, or ended."""
+        shown = self._shown.get(id(answer), 0)
+        text = answer.text[shown:]
+        if text and (len(text) >= LINE or answer.ended is not None):
+            self._shown[id(answer)] = len(answer.text)
+            seconds = time.monotonic() - self._began
+            line = (
+                f"{seconds:6.2f} s  {answer.model:<18} {answer.question[:14]:<14}… {' '.join(text.split())}"
+            )
+            self._console.print(line, markup=False)
+
+
+async def ask(client: AsyncClient, answer: Answer, show: Callable[[Answer], None]) -> None:
+    """Stream one answer; `show` is called as it grows."""
     answer.begun = time.monotonic()
     messages = [Message("user", answer.question)]
     async with client.chat_stream(answer.model, messages, temperature=0, max_tokens=MAX_TOKENS) as stream:
@@ -143,22 +165,22 @@ async def ask(client: AsyncClient, answer: Answer) -> None:
                 answer.first_token = time.monotonic()
             answer.text += chunk.text
             answer.tokens += len(chunk.token_ids)
+            show(answer)
     answer.ended = time.monotonic()
+    show(answer)
 
 
 async def ask_everything(console: Console, gateway: str) -> Board:
     """Ask both models everything at once, and show the answers as they grow."""
     board = Board()
     async with AsyncClient(gateway) as client:
-        work = asyncio.gather(*(ask(client, answer) for answer in board.answers))
         if console.is_terminal:
-            with Live(board.table(), console=console, refresh_per_second=10) as live:
-                while not work.done():
-                    await asyncio.wait([work], timeout=0.1)
-                    live.update(board.table())
-        await work
-    if not console.is_terminal:
-        console.print(board.table())
+            with Live(get_renderable=board.table, console=console, refresh_per_second=10):
+                await asyncio.gather(*(ask(client, answer, lambda _: None) for answer in board.answers))
+        else:
+            lines = LinePrinter(console)
+            await asyncio.gather(*(ask(client, answer, lines.show) for answer in board.answers))
+            console.print(board.table())
     return board
 
 

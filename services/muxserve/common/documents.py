@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import cast
 
 import structlog
@@ -66,7 +66,7 @@ class PlacementStore:
             )
         return bool(done)
 
-    async def watch(self) -> AsyncIterator[admin_pb2.Placement]:
+    async def watch(self) -> AsyncGenerator[admin_pb2.Placement, None]:
         """The current placement at once (epoch 0 where there is none), then every newer one, never ending.
 
         Versions that come within one poll are seen as the last of them. A Redis that is away is waited for; a
