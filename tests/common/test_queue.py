@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Iterable
 
 import pytest
+from redis.asyncio import Redis
+
 from muxserve.common import keys
 from muxserve.common.errors import Overloaded, Unavailable
 from muxserve.common.queue import GROUP, RequestQueue
 from muxserve.v1 import scheduler_pb2
-from redis.asyncio import Redis
-
 from tests.support.valkey import ValkeyProcess
 
 
@@ -134,3 +134,17 @@ async def test_redis_away_is_unavailable_and_its_restart_loses_nothing(
     assert await queue.depth("a") == 1
     assert names(await queue.pull({"a": 9}, "s0", 0)) == ["r1"]
     assert names(await queue.claim(["a"], "s1", {"s1"})) == ["r0", "r1"]
+
+
+async def test_a_loop_over_redis_ends_when_it_is_cancelled(queue: RequestQueue) -> None:
+    async def loop() -> None:
+        while True:
+            await queue.depth("a")
+
+    for index in range(100):
+        task = asyncio.create_task(loop())
+        await asyncio.sleep(index * 0.00002)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=2)
+        assert done, "the cancellation was lost"
+        assert task.cancelled()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -26,7 +28,7 @@ def connect(url: str) -> Redis:
     Nothing is retried inside: a command whose connection breaks may have run, and only its caller knows
     whether running it twice is harmless. Connections found closed are replaced before use.
     """
-    return Redis.from_url(
+    pool = ConnectionPool.from_url(
         url,
         socket_timeout=TIMEOUT,
         socket_connect_timeout=TIMEOUT,
@@ -36,6 +38,23 @@ def connect(url: str) -> Redis:
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
         client_name="muxserve",
     )
+    pool.connection_class = type("Connection", (_Sender, pool.connection_class), {})
+    return Redis.from_pool(pool)
+
+
+class _Sender(AbstractConnection):
+    """Sends without `asyncio.wait_for`, which before Python 3.12 loses the cancellation of a task whose
+    command has just been sent: loops over Redis would not stop when told to."""
+
+    async def send_packed_command(
+        self, command: bytes | str | Iterable[bytes], check_health: bool = True
+    ) -> None:
+        limit, self.socket_timeout = self.socket_timeout, None
+        try:
+            async with asyncio.timeout(limit):
+                await super().send_packed_command(command, check_health)
+        finally:
+            self.socket_timeout = limit
 
 
 @contextmanager
