@@ -134,15 +134,19 @@ class FakeGateway:
             stub: Any = scheduler_pb2_grpc.SchedulerServiceStub(connection)
             while True:
                 self._call = call = stub.Attach()
-                with suppress(grpc.aio.AioRpcError):
+                try:
                     hello = scheduler_pb2.AttachRequest.Hello(gateway_id=self.name)
                     await call.write(scheduler_pb2.AttachRequest(hello=hello))
                     while (response := await call.read()) is not grpc.aio.EOF:
                         self.attached.set()
                         for event in response.events:
                             await self._on_event(event)
-                if call.cancelled() and (task := asyncio.current_task()) is not None and task.cancelling():
-                    return
+                except grpc.aio.AioRpcError:
+                    pass
+                except asyncio.CancelledError:
+                    # Also what a reader of a stream that was broken on purpose gets.
+                    if (task := asyncio.current_task()) is None or task.cancelling():
+                        raise
                 await asyncio.sleep(0.05)
 
     async def _on_event(self, event: scheduler_pb2.RequestEvent) -> None:

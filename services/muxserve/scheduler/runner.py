@@ -127,6 +127,9 @@ class UnitRunner:
         loop = asyncio.get_running_loop()
         claim_at, away = loop.time(), False
         while True:
+            if not self.unit.serves(model):
+                self._rooms[model].clear()
+                await self._rooms[model].wait()
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(claim_at):
                     await self._rooms[model].wait()
@@ -148,8 +151,6 @@ class UnitRunner:
 
     async def _claim(self, model: str) -> None:
         """Take over requests whose unit nobody runs, and those that this one has lost sight of."""
-        if not self.unit.serves(model):
-            return
         live = await leased(self._redis, self._units) | {self.unit.name}
         known = self.unit.known(model)
         for delivery in await self._queue.claim([model], self.unit.name, live, known):
