@@ -104,7 +104,7 @@ def test_byte_tokens_in_any_order_decode_as_at_once(
     assert "".join([state.push(token) for token in ids]) + state.flush() == tokenizer.decode(ids)
 
 
-@given(text=st.text(st.characters(min_codepoint=0x80), max_size=60))
+@given(text=st.text(st.characters(min_codepoint=0x80, codec="utf-8"), max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_a_character_is_never_shown_in_part(checkpoints: dict[str, Path], text: str) -> None:
     text = text.replace("\N{REPLACEMENT CHARACTER}", "")

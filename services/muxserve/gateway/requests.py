@@ -81,7 +81,8 @@ class LiveRequest:
         self.token_ids.extend(tokens.token_ids[known:])
         self.logprobs.extend(tokens.logprobs[known:])
         self.finish_reason = tokens.finish_reason
-        self._news.set()
+        if end > have or self.over:
+            self._news.set()
         return True
 
     def fail(self, error: ServiceError) -> None:
