@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
+import grpc
 import pytest
+from google.rpc import code_pb2
 
-from muxserve.v1 import common_pb2
+from muxserve.common.documents import QuotaStore
+from muxserve.common.rpc import channel
+from muxserve.scheduler.scheduler import Scheduler
+from muxserve.scheduler.settings import SchedulerSettings
+from muxserve.v1 import admin_pb2, common_pb2, scheduler_pb2, scheduler_pb2_grpc
 from tests.scheduler.conftest import Setting, eventually
 from tests.scheduler.fake_worker import completion, shape
 
@@ -71,3 +78,178 @@ async def test_many_requests_in_a_tiny_arena_all_get_their_text(setting: Setting
     status = await running.status()
     assert sum(model.preemptions for model in status.models) > 0, "the arena was too small for all"
     await eventually(lambda: worker.available == 60)
+
+
+async def test_a_cancelled_request_frees_its_blocks_wherever_it_is(setting: Setting) -> None:
+    worker = await setting.worker(200, {"a": shape(slots=2)})
+    await setting.place(worker)
+    gateway = await setting.gateway((await setting.scheduler()).address)
+    worker.gate.clear()
+    in_prefill = await gateway.ask("a", [1] * 40, 400)
+    await in_prefill.started.wait()
+    await eventually(lambda: worker.available < 200)
+    await gateway.cancel(in_prefill)
+    worker.gate.set()
+    await eventually(lambda: worker.available == 200)
+
+    decoding = [await gateway.ask("a", [n], 500) for n in range(2)]
+    queued = await gateway.ask("a", [3], 400)
+    await decoding[1].reach(5)
+    await queued.started.wait()
+    await gateway.cancel(queued)
+    for client in decoding:
+        await gateway.cancel(client)
+    await eventually(lambda: worker.available == 200, 1)
+    await eventually(lambda: _empty(setting, "a"))
+    assert not worker.sequences
+    after = await gateway.ask("a", [9], 3)
+    await after.done.wait()
+    assert after.tokens == completion([9], 3)
+
+
+async def test_a_request_ends_at_its_deadline_wherever_it_is(setting: Setting) -> None:
+    worker = await setting.worker(200, {"a": shape(slots=1)}, seconds=0.01)
+    await setting.place(worker)
+    gateway = await setting.gateway((await setting.scheduler()).address)
+    running = await gateway.ask("a", [1], 500, deadline=0.6)
+    waiting = await gateway.ask("a", [2], 5, deadline=0.3)
+    late = await gateway.ask("a", [3], 5, deadline=-1)
+    async with asyncio.timeout(5):
+        for client in (running, waiting, late):
+            await client.done.wait()
+            assert client.failed is not None and client.failed.code == code_pb2.DEADLINE_EXCEEDED
+    assert running.tokens == completion([1], len(running.tokens))
+    await eventually(lambda: worker.available == 200, 1)
+    await eventually(lambda: _empty(setting, "a"))
+
+
+async def test_requests_of_a_model_that_is_gone_or_failed_are_told(setting: Setting) -> None:
+    worker = await setting.worker(200, {"a": shape(), "b": shape()}, seconds=0.005)
+    await setting.place(worker)
+    gateway = await setting.gateway((await setting.scheduler()).address)
+    clients = [await gateway.ask("a", [1], 500), await gateway.ask("b", [1], 60)]
+    await clients[0].reach(3)
+    await setting.place(worker, ["b"])
+    async with asyncio.timeout(5):
+        for client in clients:
+            await client.done.wait()
+    assert clients[0].failed is not None and clients[0].failed.code == code_pb2.NOT_FOUND
+    assert clients[1].tokens == completion([1], 60)
+    await eventually(lambda: worker.available == 200, 1)
+
+
+async def test_a_model_that_is_loaded_later_is_served_then(setting: Setting) -> None:
+    worker = await setting.worker(200, {"b": shape()})
+    loaded = {"a": shape(), "b": shape()}
+    worker.shapes = loaded
+    await setting.place(worker)
+    worker.shapes = {"b": loaded["b"]}
+    gateway = await setting.gateway((await setting.scheduler()).address)
+    early, other = await gateway.ask("a", [1], 10), await gateway.ask("b", [1], 10)
+    await other.done.wait()
+    assert not early.started.is_set(), "left in the queue for whoever has the model"
+    worker.shapes = loaded
+    worker.changed()
+    async with asyncio.timeout(5):
+        await early.done.wait()
+    assert early.tokens == completion([1], 10)
+
+
+async def test_a_request_that_cannot_fit_fails_alone(setting: Setting) -> None:
+    worker = await setting.worker(200, {"a": shape(context=50)})
+    await setting.place(worker)
+    gateway = await setting.gateway((await setting.scheduler()).address)
+    too_long = await gateway.ask("a", [1] * 40, 11)
+    empty = await gateway.ask("a", [], 11)
+    good = await gateway.ask("a", [1] * 40, 10)
+    async with asyncio.timeout(5):
+        for client in (too_long, empty, good):
+            await client.done.wait()
+    assert too_long.failed is not None and "51 tokens" in too_long.failed.message
+    assert empty.failed is not None
+    assert good.tokens == completion([1] * 40, 10)
+
+
+async def test_quotas_are_kept_in_redis_and_follow_an_administrator(setting: Setting) -> None:
+    shapes = {"a": shape(4, 2), "b": shape(4, 6)}
+    worker = await setting.worker(1000, shapes)
+    await setting.place(worker)
+    running = await setting.scheduler()
+    store = QuotaStore(setting.redis)
+    await eventually(lambda: _stored(store, {"a": 300, "b": 700}))
+    await eventually(lambda: worker.quotas == {"a": 300, "b": 700})
+    stored = await store.read("unit-0")
+    change = admin_pb2.Quotas(unit="unit-0", revision=stored.revision + 1, blocks={"a": 500, "b": 500})
+    assert await store.compare_and_set(change, stored.revision)
+    await eventually(lambda: worker.quotas == {"a": 500, "b": 500})
+    status = await running.status()
+    assert [model.quota_blocks for model in status.models] == [500, 500]
+    await worker.stop()
+    worker.quotas = {}
+    await worker.start()
+    await eventually(lambda: worker.quotas == {"a": 500, "b": 500})
+
+
+async def _stored(store: QuotaStore, blocks: dict[str, int]) -> bool:
+    return dict((await store.read("unit-0")).blocks) == blocks
+
+
+async def test_a_scheduler_that_restarts_keeps_the_quotas(setting: Setting) -> None:
+    worker = await setting.worker(1000, {"a": shape(), "b": shape()})
+    await setting.place(worker)
+    change = admin_pb2.Quotas(unit="unit-0", revision=7, blocks={"a": 900, "b": 100})
+    assert await QuotaStore(setting.redis).compare_and_set(change, 0)
+    await setting.scheduler()
+    await eventually(lambda: worker.quotas == {"a": 900, "b": 100})
+    assert worker.quota_revision >= 7
+
+
+async def test_only_as_many_requests_are_pulled_as_may_soon_run(setting: Setting) -> None:
+    worker = await setting.worker(1000, {"a": shape(slots=4)})
+    await setting.place(worker)
+    running = await setting.scheduler()
+    gateway = await setting.gateway(running.address)
+    worker.gate.clear()
+    clients = [await gateway.ask("a", [n], 5) for n in range(20)]
+    await eventually(lambda: worker.available < 1000)
+    status = await running.status()
+    await eventually(lambda: _depth(setting, 12))
+    status = await running.status()
+    assert (status.models[0].running, status.models[0].waiting) == (4, 4)
+    worker.gate.set()
+    async with asyncio.timeout(5):
+        for client in clients:
+            await client.done.wait()
+            assert client.tokens == completion(client.request.prompt_tokens, 5)
+
+
+async def _depth(setting: Setting, depth: int) -> bool:
+    return await setting.queue.depth("a") == depth
+
+
+async def test_a_unit_that_cannot_go_on_ends_the_scheduler(setting: Setting) -> None:
+    worker = await setting.worker(200, {"a": shape(tokens_per_block=0)})
+    await setting.place(worker)
+    scheduler = Scheduler(SchedulerSettings(redis_url=setting.valkey.url), setting.redis)
+    await setting.queue.admit(
+        scheduler_pb2.QueuedRequest(
+            request_id="r", model="a", gateway_id="g", prompt_tokens=[1], max_tokens=1
+        ),
+        10,
+    )
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with asyncio.timeout(10):
+            await scheduler.run(lambda: None)
+    assert caught.group_contains(ZeroDivisionError)
+
+
+async def test_a_stream_that_does_not_begin_with_a_hello_is_refused(setting: Setting) -> None:
+    running = await setting.scheduler()
+    async with channel(running.address) as connection:
+        call: Any = scheduler_pb2_grpc.SchedulerServiceStub(connection).Attach()
+        await call.write(
+            scheduler_pb2.AttachRequest(cancel=scheduler_pb2.AttachRequest.Cancel(request_id="x"))
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -21,8 +21,8 @@ from muxserve.v1 import admin_pb2
 
 log = structlog.get_logger(__name__)
 
-BLOCK_MS = 1000
-"""Milliseconds that a pull waits in Redis; below the client's timeout."""
+BLOCK_MS = 500
+"""Milliseconds that a pull waits in Redis: well below the client's timeout, for the sake of busy machines."""
 CLAIM = 1.0
 """Seconds between looks for requests of dead schedulers."""
 RELEASE_TIMEOUT = 0.5
@@ -94,6 +94,7 @@ class UnitRunner:
                 self._group.create_task(self._lease.keep(epoch))
                 self._group.create_task(self._link.run(epoch))
                 self._group.create_task(quotas.run())
+                await self.unit.broken
         finally:
             self.leased = False
             self._group = None

@@ -66,6 +66,8 @@ class Unit:
         self.quota_revision = 0
         self.on_change: Callable[[], None] = lambda: None
         """Called after every turn: room in the queues or quotas may have changed."""
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Gets the error of a turn that failed: a defect, after which this unit cannot go on."""
         self._policy_name = policy_name
         self._policy = policy
         self._hub = hub
@@ -371,12 +373,19 @@ class Unit:
 
     def _turn(self) -> None:
         self._turn_due = False
-        if self.seats.connected:
-            now = asyncio.get_running_loop().time()
-            seen = snapshot.take(self.seats, self._requests.values(), self._configs, self.quotas, now)
-            for decision in self._policy.decide(seen, now):
-                self._carry_out(decision)
-        self.on_change()
+        try:
+            if self.seats.connected:
+                self._decide()
+            self.on_change()
+        except Exception as error:
+            if not self.broken.done():
+                self.broken.set_exception(error)
+
+    def _decide(self) -> None:
+        now = asyncio.get_running_loop().time()
+        seen = snapshot.take(self.seats, self._requests.values(), self._configs, self.quotas, now)
+        for decision in self._policy.decide(seen, now):
+            self._carry_out(decision)
 
     def _carry_out(self, decision: Decision) -> None:
         match decision:

@@ -123,7 +123,7 @@ class Adbs:
         """Quotas to plan with: new if a model has none yet, or adapted if it is time."""
         models, total = snapshot.models, snapshot.pool.total
         current = {m.model: m.quota for m in models if m.quota is not None}
-        if len(current) < len(models):
+        if len(current) < len(models) or any(quota > total for quota in current.values()):
             self._start_over(models, now)
             return quotas.initial(models, total, self._options.min_share)
         if self._adapted == float("-inf") or set(self._held) != set(current):
