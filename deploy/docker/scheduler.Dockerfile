@@ -1,0 +1,21 @@
+# The scheduler service: it runs the units. Build from the repository's root:
+#   docker build -f deploy/docker/scheduler.Dockerfile -t muxserve-scheduler .
+FROM docker.io/library/python:3.11-slim-bookworm AS build
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY proto proto
+COPY services services
+COPY gpu gpu
+RUN python -m venv --without-pip /opt/muxserve \
+ && pip --python /opt/muxserve/bin/python install --no-cache-dir -c constraints.txt ".[services]"
+
+FROM docker.io/library/python:3.11-slim-bookworm AS runtime
+RUN useradd --system --uid 10001 --create-home muxserve
+COPY --from=build /opt/muxserve /opt/muxserve
+ENV PATH=/opt/muxserve/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    MUXSERVE_BIND=0.0.0.0:8602
+USER muxserve
+WORKDIR /home/muxserve
+EXPOSE 8602
+ENTRYPOINT ["muxserve", "serve", "scheduler"]
