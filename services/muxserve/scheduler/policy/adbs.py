@@ -117,7 +117,7 @@ class Adbs:
         """
         if self._prefill_waiting is None or running.decoded or plan.growth(model, running, 1) == 0:
             return False
-        return any(r.decoded for m in plan.models.values() for r in plan.idle(m, in_jobs=True))
+        return plan.anybody_decodes()
 
     def _quotas(self, snapshot: Snapshot, now: float) -> dict[str, int]:
         """Quotas to plan with: new if a model has none yet, or adapted if it is time."""

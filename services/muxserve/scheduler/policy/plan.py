@@ -50,6 +50,9 @@ class Plan:
         """Empty: nobody has a quota, and the newest gives way first."""
         self.decisions: list[Decision] = []
         self.models = {m.model: m for m in snapshot.models}
+        self._running = {
+            m.model: sorted(m.running, key=lambda r: (r.arrival, r.sequence)) for m in snapshot.models
+        }
         self.jobs = snapshot.jobs
         self.prefilling = any(job.kind == "prefill" for job in snapshot.jobs)
         self.incoming = sum(m.closing for m in snapshot.models)
@@ -114,7 +117,7 @@ class Plan:
 
     def prefill(self, model: ModelSnapshot, chunks: tuple[Chunk, ...]) -> None:
         """Start that job; beside decodes it gets its share only."""
-        beside = bool(self._decoding) or any(self.idle(m, True) for m in self.models.values())
+        beside = bool(self._decoding) or any(m.running for m in self.models.values())
         share = self.options.prefill_share if beside else 1.0
         self.decisions.append(PrefillJob(model.model, chunks, share))
         self.prefilling = True
@@ -124,8 +127,13 @@ class Plan:
 
     def idle(self, model: ModelSnapshot, in_jobs: bool = False) -> list[Running]:
         """Sequences that can decode, oldest first: those in no job, or all with `in_jobs`."""
-        left = (r for r in model.running if r.sequence not in self._preempted and (in_jobs or not r.in_job))
-        return sorted(left, key=lambda r: (r.arrival, r.sequence))
+        gone = self._preempted
+        return [r for r in self._running[model.model] if (in_jobs or not r.in_job) and r.sequence not in gone]
+
+    def anybody_decodes(self) -> bool:
+        """Whether some sequence that was in a decode job before is still to go on."""
+        gone = self._preempted
+        return any(r.decoded and r.sequence not in gone for m in self.models.values() for r in m.running)
 
     def growth(self, model: ModelSnapshot, running: Running, steps: int) -> int:
         """Blocks that `steps` more steps take beyond those held. The last token's KV is never written."""
@@ -199,7 +207,7 @@ class Plan:
 
     def _steps(self, model: ModelSnapshot, batch: Sequence[Running]) -> int:
         """Models that decode in turns get shorter leases, so that none pauses for long."""
-        active = sum(bool(self.idle(m, True)) for m in self.models.values())
+        active = sum(bool(m.running) for m in self.models.values())
         steps = max(min(2, self.options.lease_steps), self.options.lease_steps // max(1, active))
         return max(1, min(steps, max(r.limit - r.length for r in batch)))
 
@@ -230,7 +238,8 @@ class Plan:
         return next((holder for holder in reversed(self.holders) if self._may_yield(holder)), None)
 
     def _may_yield(self, holder: Holder) -> bool:
-        return holder.sequence not in self._preempted | self._started | {self._senior}
+        sequence = holder.sequence
+        return sequence != self._senior and sequence not in self._preempted and sequence not in self._started
 
     def _preempt(self, holder: Holder) -> None:
         self.decisions.append(Preempt(holder.sequence))
