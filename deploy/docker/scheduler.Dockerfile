@@ -3,11 +3,14 @@
 FROM docker.io/library/python:3.11-slim-bookworm AS build
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+# The dependencies, by way of an empty package: a layer that stays as it is when the code changes.
+RUN mkdir -p proto/muxserve services/muxserve gpu/muxserve \
+ && python -m venv --without-pip /opt/muxserve \
+ && pip --python /opt/muxserve/bin/python install --no-cache-dir -c constraints.txt ".[services]"
 COPY proto proto
 COPY services services
 COPY gpu gpu
-RUN python -m venv --without-pip /opt/muxserve \
- && pip --python /opt/muxserve/bin/python install --no-cache-dir -c constraints.txt ".[services]"
+RUN pip --python /opt/muxserve/bin/python install --no-cache-dir --no-deps --force-reinstall .
 
 FROM docker.io/library/python:3.11-slim-bookworm AS runtime
 RUN useradd --system --uid 10001 --create-home muxserve

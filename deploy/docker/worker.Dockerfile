@@ -9,10 +9,13 @@ RUN python -m venv --without-pip /opt/muxserve \
  && pip --python /opt/muxserve/bin/python install --no-cache-dir \
       ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+# The dependencies, by way of an empty package: a layer that stays as it is when the code changes.
+RUN mkdir -p proto/muxserve services/muxserve gpu/muxserve \
+ && pip --python /opt/muxserve/bin/python install --no-cache-dir -c constraints.txt ".[worker]"
 COPY proto proto
 COPY services services
 COPY gpu gpu
-RUN pip --python /opt/muxserve/bin/python install --no-cache-dir -c constraints.txt ".[worker]"
+RUN pip --python /opt/muxserve/bin/python install --no-cache-dir --no-deps --force-reinstall .
 
 FROM docker.io/library/python:3.11-slim-bookworm AS runtime
 RUN useradd --system --uid 10001 --create-home muxserve
@@ -23,6 +26,8 @@ ENV PATH=/opt/muxserve/bin:$PATH \
     MUXSERVE_BIND=0.0.0.0:8603
 USER muxserve
 WORKDIR /home/muxserve
+# Compiles the CPU kernels for the machine that builds; on another one, the first start does that.
+RUN python -c "import muxserve.engine.kernels.cpu_compiled"
 EXPOSE 8603
 ENTRYPOINT ["muxserve", "serve", "worker"]
 

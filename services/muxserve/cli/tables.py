@@ -16,6 +16,9 @@ PIPE_WIDTH = 200
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; numbers are right-aligned."""
     rows = list(rows)
+    if not rows:
+        Console().print(f"{title}: none", highlight=False)
+        return
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int) for row in rows)
