@@ -23,9 +23,9 @@ LEAST_CHUNK = 16
 """A prompt is not begun with fewer tokens than this at the end of another's chunk."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Holder:
-    """A sequence that holds blocks or was promised some; ordered by age."""
+    """A sequence that holds blocks or was promised some."""
 
     arrival: float
     sequence: int
@@ -58,7 +58,11 @@ class Plan:
         self.incoming = sum(m.closing for m in snapshot.models)
         """Blocks that come back when running jobs end."""
         self.slots = {m.model: m.slots_free for m in snapshot.models}
-        self.holders = sorted(holder for m in snapshot.models for holder in _holders(m))
+        self.holders = sorted(
+            (holder for m in snapshot.models for holder in _holders(m)),
+            key=lambda holder: (holder.arrival, holder.sequence),
+        )
+        """Oldest first."""
         self.held = {m.model: m.held for m in snapshot.models}
         self.available = snapshot.pool.available
         for holder in self.holders:
