@@ -71,7 +71,8 @@ def plan(config: DeploymentConfig, redis_directory: Path, redis_binary: Path) ->
     wanted = {"placement-0": config.admin_port, "gateway-0": config.port}
     addresses = {name: f"{HOST}:{port}" for name, port in _choose_ports(config.host, names, wanted).items()}
     for name in wanted:
-        addresses[name] = f"{config.host}:{addresses[name].rsplit(':', 1)[1]}"
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        addresses[name] = f"{host}:{addresses[name].rsplit(':', 1)[1]}"
 
     def service(
         kind: ServiceKind, name: str, stage: int, grace: float, settings: Mapping[str, Any]
