@@ -48,7 +48,8 @@ async def answer(client: AsyncClient, model: str, prompt: str, begun: asyncio.Ev
     stream = client.stream(
         model, prompt, max_tokens=TOKENS, temperature=0.7, seed=5, ignore_eos=True, timeout=90
     )
-    text, tokens = "", []
+    text = ""
+    tokens: list[int] = []
     async with stream:
         async for chunk in stream:
             text += chunk.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -28,7 +29,8 @@ def continuation(model: transformers.PreTrainedModel, gguf: Path, prompt: str, t
     """What transformers says, greedily."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    generate: Any = model.generate  # its declared type is not callable
+    output = generate(**inputs, max_new_tokens=tokens, do_sample=False)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
@@ -95,7 +97,7 @@ def test_a_stop_string_ends_the_text_before_it(client: Client) -> None:
 
 async def test_health_answers_a_client_that_is_not_ours(cluster: Cluster) -> None:
     async with grpc.aio.insecure_channel(cluster.gateway) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its types leave the methods out
         for name in ("", "muxserve.v1.InferenceService"):
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -93,9 +93,9 @@ class Stream:
                 self.end_lease(request.end_lease.job)
             case "close":
                 for number in request.close.sequences:
-                    if (sequence := self.sequences.get(number)) is not None:
-                        sequence.closing = True
-                        self.leave(number, busy=sequence.busy)
+                    if (closed := self.sequences.get(number)) is not None:
+                        closed.closing = True
+                        self.leave(number, busy=closed.busy)
             case "quotas":
                 self.worker.quotas = dict(request.quotas.blocks)
                 self.worker.quota_revision = request.quotas.revision
@@ -120,12 +120,14 @@ class Stream:
                 return
         self.ending.add(job)
 
-    def done(self, job: int, outcome: int = worker_pb2.JOB_OUTCOME_OK, **more: Any) -> None:
+    def done(
+        self, job: int, outcome: worker_pb2.JobOutcome.ValueType = worker_pb2.JOB_OUTCOME_OK, **more: Any
+    ) -> None:
         done = worker_pb2.JobDone(job=job, outcome=outcome, available_blocks=self.worker.available, **more)
         self.out.put_nowait(worker_pb2.JobsResponse(done=done))
 
-    def admit(self, number: int, model: str, tokens: int) -> int:
-        """Reserve blocks; the reason of a refusal, or 0."""
+    def admit(self, number: int, model: str, tokens: int) -> worker_pb2.RefusalReason.ValueType | None:
+        """Reserve blocks; the reason of a refusal, if it is one."""
         sequence = self.sequences.get(number)
         if model not in self.worker.shapes:
             return NO_MODEL
@@ -141,7 +143,7 @@ class Stream:
             return OUT_OF_BLOCKS
         sequence.groups, sequence.busy = groups, True
         self.worker.peak = max(self.worker.peak, self.worker.blocks - self.worker.available)
-        return 0
+        return None
 
     async def lane(self, kind: str) -> None:
         """Run jobs of one executor, one at a time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -61,14 +62,14 @@ def run(
 
 @settings(max_examples=400, deadline=None)
 @given(worlds)
-def test_every_request_finishes_and_blocks_never_exceed_the_pool(case: tuple) -> None:
+def test_every_request_finishes_and_blocks_never_exceed_the_pool(case: tuple[Any, ...]) -> None:
     world = run(*case)
     assert len(world.finished) == len(case[2])
 
 
 @settings(max_examples=30, deadline=None)
 @given(worlds)
-def test_the_same_events_lead_to_the_same_decisions(case: tuple) -> None:
+def test_the_same_events_lead_to_the_same_decisions(case: tuple[Any, ...]) -> None:
     assert run(*case).log == run(*case).log
 
 
