@@ -246,7 +246,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.blocks, self.shapes, self.seconds = blocks, shapes, seconds
         self.kill: list[str] = []
         """Executors that die in their next step."""
-        self.refuse: list[int] = []
+        self.refuse: list[worker_pb2.RefusalReason.ValueType] = []
         """Reasons with which the next sequences are refused."""
         self.gate = asyncio.Event()
         """Cleared: executors stand still."""
