@@ -189,6 +189,19 @@ async def test_a_client_that_vanishes_is_a_cancelled_call(up: Running) -> None:
     await up.wait_for_queue(0)
 
 
+async def test_a_client_that_does_not_read_and_vanishes_is_a_cancelled_call(up: Running) -> None:
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 0)]
+    async with grpc.aio.insecure_channel(up.address, options=narrow) as channel:
+        call = replace(up, channel=channel).generate()
+        delivery = await up.scheduler.pull("smol")
+        # Each alone fills the window: the gateway is held up while it writes.
+        for index in range(0, 600_000, 100_000):
+            up.scheduler.tokens(delivery, index, [40_000] * 100_000)
+        await anext(aiter(call))
+    assert (await up.scheduler.message()).cancel.request_id == delivery.request.request_id
+    await up.wait_for_queue(0)
+
+
 async def test_a_deadline_ends_a_request_that_nobody_pulls(up: Running) -> None:
     refused = await refusal(up.generate(timeout=0.3))
     assert refused.code == grpc.StatusCode.DEADLINE_EXCEEDED

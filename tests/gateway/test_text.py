@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from muxserve.common.errors import FailedPrecondition, InvalidArgument
 from muxserve.gateway.detokenizer import detokenizer
 from muxserve.gateway.tokenizer import Tokenizer, TokenizerBroken, TokenizerMissing
-from tests.gateway.texts import TEMPLATE, TEXTS, save_qwen2
+from tests.gateway.texts import TEMPLATE, TEXTS, save_qwen2, write_gguf
 
 KINDS = (
     "smollm2",
@@ -245,6 +245,34 @@ def test_missing_and_broken_tokenizers_are_told_apart(tmp_path: Path, directory:
     (tmp_path / "empty.gguf").write_bytes(b"")
     with pytest.raises(TokenizerBroken):
         Tokenizer.load(tmp_path / "empty.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "merges", "pre"),
+    [("gpt2", ["nosuch token"], "gpt-2"), ("gpt2", ["one-part"], "gpt-2"), ("wordpiece", [], "default")],
+)
+def test_a_tokenizer_that_cannot_be_built_is_broken(
+    tmp_path: Path, kind: str, merges: list[str], pre: str
+) -> None:
+    tokens = ["a", "b", "ab"]
+    path = write_gguf(
+        tmp_path / "odd.gguf",
+        architecture="llama",
+        kind=kind,
+        pre=pre,
+        tokens=tokens,
+        special=[],
+        merges=merges,
+    )
+    with pytest.raises(TokenizerBroken) as caught:
+        Tokenizer.load(path)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_file_that_calls_weights_its_only_content_has_no_tokenizer(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "bare.gguf", architecture="llama", kind="none", tokens=[], special=[])
+    with pytest.raises(TokenizerMissing):
+        Tokenizer.load(path)
 
 
 @given(length=st.integers(4, 1_500_000))

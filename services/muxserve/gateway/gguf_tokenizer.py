@@ -61,7 +61,7 @@ _BEGINS_WITH_BOS = frozenset({"llama3", "llama-v3", "llama-bpe"})
 
 
 class UnknownTokenizerError(ValueError):
-    """The file has no tokenizer, or one of a kind that is not supported."""
+    """The tokenizer is of a kind that is not supported, or parts of it are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,6 @@ def build(metadata: Mapping[str, Value]) -> GGUFTokenizer:
     """The tokenizer of a file with these entries. Raises UnknownTokenizerError."""
     kind = metadata.get("tokenizer.ggml.model")
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    if kind is None or not tokens:
-        raise UnknownTokenizerError("the file has no tokenizer")
     if kind == "gpt2":
         backend = _byte_level(metadata, tokens)
     elif kind == "llama":

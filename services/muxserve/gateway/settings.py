@@ -18,7 +18,7 @@ class GatewaySettings(ServiceSettings):
     """Requests that may wait in a model's queue; more are refused with RESOURCE_EXHAUSTED."""
     default_deadline: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds that a request has whose client set no deadline."""
-    drain: float = Field(5.0, ge=0, allow_inf_nan=False)
+    drain: float = Field(3.0, ge=0, allow_inf_nan=False)
     """Seconds that running requests have when the gateway stops; those left over are cancelled."""
     max_message_bytes: Bytes = Field(MAX_MESSAGE_BYTES, validate_default=True)
     """Size of the largest message; a larger one is refused with RESOURCE_EXHAUSTED."""

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as Backend
 
 from muxserve.common.errors import FailedPrecondition
 from muxserve.gateway.chat import BrokenTemplateError, ChatTemplate
-from muxserve.gateway.gguf_metadata import BrokenGGUFError, read_metadata
-from muxserve.gateway.gguf_tokenizer import UnknownTokenizerError, build
+from muxserve.gateway.gguf_metadata import read_metadata
+from muxserve.gateway.gguf_tokenizer import build
 from muxserve.gateway.pieces import Decoding
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -63,12 +63,13 @@ class Tokenizer:
         path = Path(path)
         try:
             return _load_directory(path) if path.is_dir() else _load_gguf(path)
+        except TokenizerError:
+            raise
         except FileNotFoundError as error:
             raise TokenizerMissing(f"no tokenizer: {error.filename} does not exist") from error
-        except OSError as error:
-            raise TokenizerBroken(
-                f"the tokenizer in {path} cannot be read: {error.strerror or error}"
-            ) from error
+        except Exception as error:  # tokenizers raises bare Exception for most of what can be wrong
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TokenizerBroken(f"the tokenizer in {path} cannot be read: {reason[:200]}") from error
 
     @property
     def has_chat_template(self) -> bool:
@@ -97,26 +98,15 @@ class Tokenizer:
 
 
 def _load_gguf(path: Path) -> Tokenizer:
-    try:
-        metadata = read_metadata(
-            path, lambda key: key.startswith("tokenizer.") or key == "general.architecture"
-        )
-        if "tokenizer.ggml.model" not in metadata:
-            raise TokenizerMissing(f"{path} has no tokenizer")
-        parts = build(metadata)
-    except (BrokenGGUFError, UnknownTokenizerError) as error:
-        raise TokenizerBroken(f"the tokenizer in {path} cannot be read: {error}") from error
+    metadata = read_metadata(path, lambda key: key.startswith(("tokenizer.", "general.architecture")))
+    if not metadata.get("tokenizer.ggml.tokens"):
+        raise TokenizerMissing(f"{path} has no tokenizer")
+    parts = build(metadata)
     return _assemble(parts.backend, parts.chat_template, parts.special_tokens)
 
 
 def _load_directory(path: Path) -> Tokenizer:
-    file = path / "tokenizer.json"
-    try:
-        backend = Backend.from_buffer(file.read_bytes())
-    except OSError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerBroken(f"{file} cannot be read: {error}") from error
+    backend = Backend.from_buffer((path / "tokenizer.json").read_bytes())
     config = _read_json(path / "tokenizer_config.json")
     if (
         "added_tokens_decoder" not in config
