@@ -251,6 +251,25 @@ async def test_a_gateway_that_does_not_come_back_frees_its_blocks(
     await settled(setting, worker)
 
 
+async def test_a_gateway_that_comes_back_too_late_is_told(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateways, "GRACE", 0.2)
+    worker = await setting.worker(400, {"a": shape()}, seconds=0.003)
+    await setting.place(worker)
+    scheduler = await setting.scheduler()
+    gateway = await setting.gateway(scheduler.address)
+    clients = await ask_all(gateway, 400)
+    await clients[7].reach(5)
+    await gateway.detach()
+    await settled(setting, worker)
+    await gateway.attach(scheduler.address)
+    async with asyncio.timeout(5):
+        for client in clients:
+            await client.done.wait()
+            assert client.failed is not None and client.failed.code == code_pb2.UNAVAILABLE
+
+
 async def test_a_gateway_that_does_not_keep_up_is_detached_and_served_again(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

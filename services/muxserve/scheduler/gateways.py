@@ -21,6 +21,8 @@ log = structlog.get_logger(__name__)
 
 GRACE = 5.0
 """Seconds that a gateway may be away before its requests are cancelled."""
+FIRST_GRACE = 15.0
+"""The same for one that has not been here since this scheduler began: it has to find the scheduler first."""
 SETTLE = 2.0
 """Seconds after a request's last event, with its gateway attached all the while, until it counts as
 delivered."""
@@ -47,7 +49,7 @@ class RequestOwner(Protocol):
         """Go on with a request of an earlier attempt, if it is here."""
 
     def gateway_lost(self, gateway: str) -> None:
-        """Drop the requests of `gateway`."""
+        """Drop the requests of `gateway`, and leave with the hub what it is to hear should it come back."""
 
 
 @dataclass(slots=True)
@@ -107,6 +109,7 @@ class Gateway:
 
     attachment: Attachment | None = None
     attached_at: float = 0.0
+    """Loop time when it last came. 0: it never did."""
     finals: dict[str, Final] = field(default_factory=dict)
     """By request id, oldest first."""
     timer: asyncio.TimerHandle | None = None
@@ -196,17 +199,32 @@ class GatewayHub:
         if heard or loop.time() - final.since >= KEEP:
             del gateway.finals[request_id]
             final.settle()
+            self._forget(name, gateway)
         else:
             loop.call_later(SETTLE, self._settle, name, request_id)
 
     def _expect(self, name: str, gateway: Gateway) -> None:
         if gateway.timer is None:
-            gateway.timer = asyncio.get_running_loop().call_later(GRACE, self._lost, name)
+            grace = GRACE if gateway.attached_at else FIRST_GRACE
+            gateway.timer = asyncio.get_running_loop().call_later(grace, self._lost, name)
 
     def _lost(self, name: str) -> None:
+        """Drop its requests. Should it come back after all, it hears how they ended."""
         log.warning("gateway is gone; its requests are cancelled", gateway=name)
-        gateway = self._gateways.pop(name)
+        gateway = self._gateways[name]
+        gateway.timer = None
         for final in gateway.finals.values():
             final.settle()
+            final.settle = _nothing
         for owner in self._owners:
             owner.gateway_lost(name)
+        self._forget(name, gateway)
+
+    def _forget(self, name: str, gateway: Gateway) -> None:
+        """Drop the books of a gateway that is away and has nothing to hear."""
+        if gateway.attachment is None and gateway.timer is None and not gateway.finals:
+            self._gateways.pop(name, None)
+
+
+def _nothing() -> None:
+    """What is left to settle when that was done before."""

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
 from google.rpc import code_pb2
@@ -27,31 +26,22 @@ from muxserve.scheduler.policy.interface import (
     Decision,
     DecodeJob,
     EndLease,
-    JobEnded,
     Policy,
     Preempt,
     PrefillJob,
 )
+from muxserve.scheduler.reports import Reports
 from muxserve.scheduler.requests import Event, Request
-from muxserve.scheduler.seats import Job, Seats, Send
+from muxserve.scheduler.seats import Seats, Send
+from muxserve.scheduler.tally import Tally
 from muxserve.v1 import admin_pb2, common_pb2, inference_pb2, scheduler_pb2, worker_pb2
 
 log = structlog.get_logger(__name__)
 
 RESUME_GRACE = 10.0
 """Seconds that an attached gateway has to answer a resume query."""
-MAX_TROUBLES = 8
-"""Times in a row that a request may lose its sequence to a fault before it fails."""
-FIRST_PAUSE, LAST_PAUSE = 0.01, 1.0
-"""Seconds that a request which the worker refused is left alone, doubling."""
 SCHEDULED_AHEAD = 4
 """Requests that wait here at least, if there are any, even of a model with fewer slots."""
-
-FINISH = {
-    worker_pb2.SEQUENCE_STATE_RUNNING: common_pb2.FINISH_REASON_UNSPECIFIED,
-    worker_pb2.SEQUENCE_STATE_STOP: common_pb2.FINISH_REASON_STOP,
-    worker_pb2.SEQUENCE_STATE_LENGTH: common_pb2.FINISH_REASON_LENGTH,
-}
 
 
 class Unit:
@@ -79,10 +69,8 @@ class Unit:
         """(model, entry) of finished requests that are not acknowledged yet."""
         self._turn_due = False
         self._last_number = 0
-        self._jobs: Counter[str] = Counter()
-        self._preemptions: Counter[str] = Counter()
-        self._generated: Counter[str] = Counter()
-        self._prefilled: Counter[str] = Counter()
+        self._tally = Tally()
+        self._reports = Reports(self, self.seats, policy, hub, self._tally)
 
     # Models and quotas
 
@@ -95,11 +83,11 @@ class Unit:
         failed = {m.config.name: m.reason for m in unit.models if m.config.name not in self._configs}
         for request in list(self._requests.values()):
             if request.model in failed:
-                self._fail(request, code_pb2.UNAVAILABLE, f"the model failed: {failed[request.model]}")
+                self.fail(request, code_pb2.UNAVAILABLE, f"the model failed: {failed[request.model]}")
             elif request.model not in self._configs and request.model not in elsewhere:
-                self._fail(request, code_pb2.NOT_FOUND, f'no model named "{request.model}"')
+                self.fail(request, code_pb2.NOT_FOUND, f'no model named "{request.model}"')
         self.quotas = {name: blocks for name, blocks in self.quotas.items() if name in self._configs}
-        self._ask_turn()
+        self.ask_turn()
 
     @property
     def models(self) -> list[str]:
@@ -123,12 +111,22 @@ class Unit:
         ending = {entry_id for name, entry_id in self._ending if name == model}
         return live | ending | self._acks.pending(model)
 
+    def status(self) -> scheduler_pb2.UnitStatus:
+        """For operators."""
+        return self._tally.status(
+            self.name,
+            self._policy_name,
+            self.seats.connected,
+            {name: self.quotas.get(name, 0) for name in self.models},
+            self._requests.values(),
+        )
+
     def set_quotas(self, blocks: Mapping[str, int], revision: int) -> None:
         """Put quotas in force."""
         self.quotas = {name: count for name, count in blocks.items() if name in self._configs}
         self.quota_revision = revision
         self._send_quotas()
-        self._ask_turn()
+        self.ask_turn()
 
     # Requests
 
@@ -145,10 +143,10 @@ class Unit:
         self._requests[request.id] = self._by_number[request.number] = request
         loop = asyncio.get_running_loop()
         if request.model not in self._configs:
-            self._fail(request, code_pb2.NOT_FOUND, f'no model named "{request.model}"')
+            self.fail(request, code_pb2.NOT_FOUND, f'no model named "{request.model}"')
             return
         if misfit := self._misfit(request):
-            self._fail(request, code_pb2.INVALID_ARGUMENT, misfit)
+            self.fail(request, code_pb2.INVALID_ARGUMENT, misfit)
             return
         if deadline := request.queued.deadline_unix_ms:
             left = deadline / 1000 - time.time()
@@ -159,7 +157,7 @@ class Unit:
         if request.awaiting_resume:
             loop.call_later(RESUME_GRACE, self._give_up_resume, request)
         self._hub.send(request.gateway, [request.started()])
-        self._ask_turn()
+        self.ask_turn()
 
     def cancel(self, request_id: str) -> None:
         """See `RequestOwner`."""
@@ -179,8 +177,8 @@ class Unit:
         if finish := request.finished_by():
             event = request.tokens(request.resumed_at, finish)
             self._hub.send(request.gateway, [event])
-            self._finish(request, event)
-        self._ask_turn()
+            self.finish(request, event)
+        self.ask_turn()
 
     def replay(self, gateway: str) -> list[Event]:
         """See `RequestOwner`."""
@@ -191,6 +189,8 @@ class Unit:
         """See `RequestOwner`."""
         for request in [r for r in self._requests.values() if r.gateway == gateway]:
             self.cancel(request.id)
+            event = request.failed(code_pb2.UNAVAILABLE, "the gateway was away for too long", 1.0)
+            self._hub.finished(gateway, request.id, event, lambda: None)
 
     def abandon(self) -> None:
         """Somebody else runs this unit now and will claim its requests: forget them."""
@@ -204,9 +204,9 @@ class Unit:
         self.seats.connect(info, send)
         for request in list(self._requests.values()):
             if misfit := self._misfit(request):
-                self._fail(request, code_pb2.INVALID_ARGUMENT, misfit)
+                self.fail(request, code_pb2.INVALID_ARGUMENT, misfit)
         self._send_quotas()
-        self._ask_turn()
+        self.ask_turn()
 
     def disconnected(self) -> None:
         """The Jobs stream has ended: all that ran waits again."""
@@ -217,103 +217,12 @@ class Unit:
         """A message of the worker."""
         match response.WhichOneof("kind"):
             case "step":
-                self._on_step(response.step)
+                self._reports.on_step(response.step)
             case "done":
-                self._on_done(response.done)
-                self._ask_turn()
+                self._reports.on_done(response.done)
             case "info":
                 self.seats.update(response.info)
-                self._ask_turn()
-
-    def _on_step(self, step: worker_pb2.StepEvents) -> None:
-        events: dict[str, list[Event]] = defaultdict(list)
-        ended: list[tuple[Request, Event]] = []
-        job = self.seats.jobs.get(step.job)
-        for index, number in enumerate(step.sequences):
-            sequence = self.seats.sequences.get(number)
-            if job is None or sequence is None or (request := sequence.request) is None:
-                continue
-            if step.positions[index] != request.known:
-                self._disagree(
-                    request, f"token at position {step.positions[index]} instead of {request.known}"
-                )
-                continue
-            wants_logprobs = bool(step.logprobs) and request.queued.HasField("logprobs")
-            request.append(step.token_ids[index], step.logprobs[index] if wants_logprobs else None)
-            if job.kind == "decode":
-                sequence.computed = step.positions[index]
-                job.tokens += 1
-            self._generated[request.model] += 1
-            finish = FINISH.get(step.states[index], common_pb2.FINISH_REASON_UNSPECIFIED)
-            event = request.tokens(len(request.output) - 1, finish)
-            events[request.gateway].append(event)
-            if finish:
-                ended.append((request, event))
-        for gateway, batch in events.items():
-            self._hub.send(gateway, batch)
-        if ended:
-            self._leave([request for request, _ in ended])
-            for request, event in ended:
-                self._finish(request, event)
-            self._ask_turn()
-
-    def _leave(self, requests: Iterable[Request]) -> None:
-        """Close the sequences of requests that have finished, all in one message."""
-        sequences = [request.sequence for request in requests if request.sequence is not None]
-        for sequence in sequences:
-            self.seats.leave(sequence)
-        self.seats.close(sequences)
-
-    def _on_done(self, done: worker_pb2.JobDone) -> None:
-        job = self.seats.end(done.job)
-        if job is None:
-            return
-        if done.outcome != worker_pb2.JOB_OUTCOME_OK:
-            log.warning("job lost", unit=self.name, model=job.model, kind=job.kind, error=done.error)
-            for request in self.seats.lose(job.members.values()):
-                self._trouble(request, done.error)
-            return
-        refused = {refusal.sequence: refusal.reason for refusal in done.refused}
-        for number, sequence in job.members.items():
-            if number in refused:
-                self._refused(sequence.request, refused[number])
-            elif job.kind == "prefill":
-                sequence.computed = job.ends[number]
-        self._account(job, done)
-
-    def _account(self, job: Job, done: worker_pb2.JobDone) -> None:
-        if not done.refused:
-            self._policy.observe(JobEnded(job.kind, job.model, job.tokens, done.seconds))
-        if job.kind == "prefill":
-            self._prefilled[job.model] += job.tokens
-
-    def _refused(self, request: Request | None, reason: worker_pb2.RefusalReason.ValueType) -> None:
-        """The worker could not take a request's sequence into a job: it is computed anew, a little later."""
-        if request is None or request.sequence is None:
-            return
-        name = worker_pb2.RefusalReason.Name(reason)
-        log.warning("sequence refused", unit=self.name, request=request.id, reason=name)
-        self.seats.close([request.sequence])
-        self._preemptions[request.model] += 1
-        pause = min(LAST_PAUSE, FIRST_PAUSE * 2**request.troubles)
-        loop = asyncio.get_running_loop()
-        request.not_before = loop.time() + pause
-        loop.call_later(pause, self._ask_turn)
-        self._trouble(request, f"the worker refuses it: {name}")
-
-    def _trouble(self, request: Request, reason: str) -> None:
-        """It lost its sequence to a fault; it waits again, unless that happens over and over."""
-        request.troubles += 1
-        if request.troubles > MAX_TROUBLES:
-            self._fail(request, code_pb2.INTERNAL, f"gave up after {request.troubles} attempts: {reason}")
-
-    def _disagree(self, request: Request, what: str) -> None:
-        """The worker and this unit have lost each other: compute the request anew."""
-        log.error("worker out of step", unit=self.name, request=request.id, what=what)
-        if request.sequence is not None:
-            self.seats.close([request.sequence])
-        self._trouble(request, what)
-        self._ask_turn()
+                self.ask_turn()
 
     def _misfit(self, request: Request) -> str:
         """Why the request can never be served here, or nothing. Gateways have checked it against what they
@@ -328,19 +237,20 @@ class Unit:
     # Ends
 
     def _expire(self, request: Request) -> None:
-        self._fail(request, code_pb2.DEADLINE_EXCEEDED, "the request's deadline passed")
+        self.fail(request, code_pb2.DEADLINE_EXCEEDED, "the request's deadline passed")
 
     def _give_up_resume(self, request: Request) -> None:
         if request.awaiting_resume and self._requests.get(request.id) is request:
             log.warning("no answer to a resume query; request dropped", request=request.id)
             self.cancel(request.id)
 
-    def _fail(self, request: Request, code: int, message: str) -> None:
+    def fail(self, request: Request, code: int, message: str) -> None:
+        """It cannot be served; `code` is a google.rpc.Code."""
         event = request.failed(code, message, 1.0 if code == code_pb2.UNAVAILABLE else None)
         self._hub.send(request.gateway, [event])
-        self._finish(request, event)
+        self.finish(request, event)
 
-    def _finish(self, request: Request, event: Event) -> None:
+    def finish(self, request: Request, event: Event) -> None:
         """It is over and its gateway was sent `event`; acknowledged when that has surely arrived."""
         self._drop(request)
         if event.HasField("tokens"):
@@ -362,11 +272,12 @@ class Unit:
             request.timer.cancel()
         if request.sequence is not None:
             self.seats.close([request.sequence])
-        self._ask_turn()
+        self.ask_turn()
 
     # Turns
 
-    def _ask_turn(self) -> None:
+    def ask_turn(self) -> None:
+        """Let the policy decide once what is happening now has happened."""
         if not self._turn_due:
             self._turn_due = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -390,14 +301,14 @@ class Unit:
     def _carry_out(self, decision: Decision) -> None:
         match decision:
             case PrefillJob():
-                self._jobs["prefill"] += 1
+                self._tally.jobs["prefill"] += 1
                 self.seats.prefill(decision, [self._by_number[c.sequence] for c in decision.chunks])
             case DecodeJob():
-                self._jobs["decode"] += 1
+                self._tally.jobs["decode"] += 1
                 self.seats.decode(decision, [self._by_number[number] for number in decision.sequences])
             case Preempt(number):
                 request = self._by_number[number]
-                self._preemptions[request.model] += 1
+                self._tally.preemptions[request.model] += 1
                 if request.sequence is not None:
                     self.seats.close([request.sequence])
             case EndLease(job):
@@ -410,30 +321,3 @@ class Unit:
     def _send_quotas(self) -> None:
         message = worker_pb2.SetQuotas(revision=self.quota_revision, blocks=self.quotas)
         self.seats.send(worker_pb2.JobsRequest(quotas=message))
-
-    # Status
-
-    def status(self) -> scheduler_pb2.UnitStatus:
-        """For operators."""
-        running = Counter(r.model for r in self._requests.values() if r.sequence is not None)
-        waiting = Counter(r.model for r in self._requests.values() if r.sequence is None)
-        models = [
-            scheduler_pb2.UnitModelStatus(
-                model=name,
-                running=running[name],
-                waiting=waiting[name],
-                quota_blocks=self.quotas.get(name, 0),
-                preemptions=self._preemptions[name],
-                generated_tokens=self._generated[name],
-                prefill_tokens=self._prefilled[name],
-            )
-            for name in self.models
-        ]
-        return scheduler_pb2.UnitStatus(
-            unit=self.name,
-            connected=self.seats.connected,
-            policy=self._policy_name,
-            models=models,
-            prefill_jobs=self._jobs["prefill"],
-            decode_jobs=self._jobs["decode"],
-        )

@@ -1,0 +1,154 @@
+"""`Reports`: what the worker reports, applied to the requests of a unit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Protocol
+
+import structlog
+from google.rpc import code_pb2
+
+from muxserve.scheduler.gateways import GatewayHub
+from muxserve.scheduler.policy.interface import JobEnded, Policy
+from muxserve.scheduler.requests import Event, Request
+from muxserve.scheduler.seats import Job, Seats
+from muxserve.scheduler.tally import Tally
+from muxserve.v1 import common_pb2, worker_pb2
+
+log = structlog.get_logger(__name__)
+
+MAX_TROUBLES = 8
+"""Times in a row that a request may lose its sequence to a fault before it fails."""
+FIRST_PAUSE, LAST_PAUSE = 0.01, 1.0
+"""Seconds that a request which the worker refused is left alone, doubling."""
+
+FINISH = {
+    worker_pb2.SEQUENCE_STATE_RUNNING: common_pb2.FINISH_REASON_UNSPECIFIED,
+    worker_pb2.SEQUENCE_STATE_STOP: common_pb2.FINISH_REASON_STOP,
+    worker_pb2.SEQUENCE_STATE_LENGTH: common_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class RequestKeeper(Protocol):
+    """The unit whose requests these are."""
+
+    name: str
+
+    def finish(self, request: Request, event: Event) -> None:
+        """It is over and its gateway was sent `event`."""
+
+    def fail(self, request: Request, code: int, message: str) -> None:
+        """It cannot be served."""
+
+    def ask_turn(self) -> None:
+        """There may be something to decide."""
+
+
+class Reports:
+    """Applies a worker's messages."""
+
+    def __init__(
+        self, owner: RequestKeeper, seats: Seats, policy: Policy, hub: GatewayHub, tally: Tally
+    ) -> None:
+        self._owner = owner
+        self._seats = seats
+        self._policy = policy
+        self._hub = hub
+        self._tally = tally
+
+    def on_step(self, step: worker_pb2.StepEvents) -> None:
+        """Tokens: one batch of events per gateway."""
+        events: dict[str, list[Event]] = defaultdict(list)
+        ended: list[tuple[Request, Event]] = []
+        job = self._seats.jobs.get(step.job)
+        for index, number in enumerate(step.sequences):
+            sequence = self._seats.sequences.get(number)
+            if job is None or sequence is None or (request := sequence.request) is None:
+                continue
+            if step.positions[index] != request.known:
+                self._disagree(
+                    request, f"token at position {step.positions[index]} instead of {request.known}"
+                )
+                continue
+            wants_logprobs = bool(step.logprobs) and request.queued.HasField("logprobs")
+            request.append(step.token_ids[index], step.logprobs[index] if wants_logprobs else None)
+            if job.kind == "decode":
+                sequence.computed = step.positions[index]
+                job.tokens += 1
+            self._tally.generated[request.model] += 1
+            finish = FINISH.get(step.states[index], common_pb2.FINISH_REASON_UNSPECIFIED)
+            event = request.tokens(len(request.output) - 1, finish)
+            events[request.gateway].append(event)
+            if finish:
+                ended.append((request, event))
+        for gateway, batch in events.items():
+            self._hub.send(gateway, batch)
+        if ended:
+            self._leave([request for request, _ in ended])
+            for request, event in ended:
+                self._owner.finish(request, event)
+            self._owner.ask_turn()
+
+    def _leave(self, requests: Iterable[Request]) -> None:
+        """Close the sequences of requests that have finished, all in one message."""
+        sequences = [request.sequence for request in requests if request.sequence is not None]
+        for sequence in sequences:
+            self._seats.leave(sequence)
+        self._seats.close(sequences)
+
+    def on_done(self, done: worker_pb2.JobDone) -> None:
+        """A job has ended, one way or another."""
+        self._owner.ask_turn()
+        job = self._seats.end(done.job)
+        if job is None:
+            return
+        if done.outcome != worker_pb2.JOB_OUTCOME_OK:
+            log.warning("job lost", unit=self._owner.name, model=job.model, kind=job.kind, error=done.error)
+            for request in self._seats.lose(job.members.values()):
+                self._trouble(request, done.error)
+            return
+        refused = {refusal.sequence: refusal.reason for refusal in done.refused}
+        for number, sequence in job.members.items():
+            if number in refused:
+                self._refused(sequence.request, refused[number])
+            elif job.kind == "prefill":
+                sequence.computed = job.ends[number]
+        self._account(job, done)
+
+    def _account(self, job: Job, done: worker_pb2.JobDone) -> None:
+        if not done.refused:
+            self._policy.observe(JobEnded(job.kind, job.model, job.tokens, done.seconds))
+        if job.kind == "prefill":
+            self._tally.prefilled[job.model] += job.tokens
+
+    def _refused(self, request: Request | None, reason: worker_pb2.RefusalReason.ValueType) -> None:
+        """The worker could not take a request's sequence into a job: it is computed anew, a little later."""
+        if request is None or request.sequence is None:
+            return
+        name = worker_pb2.RefusalReason.Name(reason)
+        log.warning("sequence refused", unit=self._owner.name, request=request.id, reason=name)
+        self._seats.close([request.sequence])
+        self._tally.preemptions[request.model] += 1
+        pause = min(LAST_PAUSE, FIRST_PAUSE * 2**request.troubles)
+        loop = asyncio.get_running_loop()
+        request.not_before = loop.time() + pause
+        loop.call_later(pause, self._owner.ask_turn)
+        self._trouble(request, f"the worker refuses it: {name}")
+
+    def _trouble(self, request: Request, reason: str) -> None:
+        """It lost its sequence to a fault; it waits again, unless that happens over and over."""
+        request.troubles += 1
+        if request.troubles > MAX_TROUBLES:
+            self._owner.fail(
+                request, code_pb2.INTERNAL, f"gave up after {request.troubles} attempts: {reason}"
+            )
+
+    def _disagree(self, request: Request, what: str) -> None:
+        """The worker and this unit have lost each other: compute the request anew."""
+        log.error("worker out of step", unit=self._owner.name, request=request.id, what=what)
+        if request.sequence is not None:
+            self._seats.close([request.sequence])
+        self._trouble(request, what)
+        self._owner.ask_turn()
