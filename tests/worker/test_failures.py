@@ -100,3 +100,24 @@ async def test_a_job_that_fails_leaves_the_executor_and_its_neighbours_alone(fra
         assert (await stream.decode("llama", [bad, good], 1)).refused == {bad: "NOT_OPEN"}
     assert [executor.restarts for executor in (await fragile.info()).executors] == [1, 2]
     await fragile.assert_idle()
+
+
+async def test_a_sequence_whose_logits_are_not_finite_fails_alone(fragile: Harness) -> None:
+    """NaN, put into the blocks of one sequence behind everybody's back."""
+    tables = fragile.worker.models.loaded[0].tables
+    async with fragile.stream() as stream:
+        [whole] = await stream.generate("llama", [PROMPT], 20)
+        bad, good = [await stream.open("llama", PROMPT, 20) for _ in range(2)]
+        await stream.prefill("llama", dict.fromkeys((bad, good), (0, 5)))
+        slot = next(
+            slot for slot in range(8) if tables.blocks[0, slot, 0, 0] >= 0 and tables.owner(slot) == bad
+        )
+        block = int(tables.blocks[0, slot, 0, 0])
+        fragile.worker.arena.data[block * 4096 : (block + 1) * 4096] = 0xFF
+        result = await stream.decode("llama", [bad, good], 19)
+        assert result.outcome == "OK"
+        assert result.tokens == {good: whole[1:]}
+        assert result.refused == {bad: "NOT_OPEN"}
+        assert "not finite" in result.done.error
+        await stream.close(good)
+        await fragile.assert_idle()

@@ -158,6 +158,8 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     """UNFINISHED, STOP or LENGTH."""
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """Empty if no row asked."""
+    failed: tuple[int, ...] = ()
+    """Slots that left the job without a token, because their logits are not finite."""
 
 
 class JobDone(msgspec.Struct, frozen=True, tag=True):

@@ -13,15 +13,9 @@ from muxserve.engine.arena import SharedArena
 from muxserve.engine.batches import decode_batch, prefill_batch
 from muxserve.engine.kernels.cpu import CpuKernels
 from muxserve.engine.kernels.interface import KVCache
-from muxserve.engine.messages import (
-    AddModel,
-    AttachArena,
-    DecodeJob,
-    PrefillJob,
-    Step,
-)
+from muxserve.engine.messages import UNFINISHED, AddModel, AttachArena, DecodeJob, PrefillJob, Step
 from muxserve.engine.models.decoder import Decoder
-from muxserve.engine.sampler import Sampled, SamplingBatch, sample
+from muxserve.engine.sampler import SamplerError, SamplingBatch, sample
 from muxserve.engine.shares import ThreadsPartition
 from muxserve.engine.tables import TableViews
 from muxserve.engine.weights import map_weights
@@ -84,7 +78,7 @@ class Runner:
     def prefill(self, job: PrefillJob) -> Step | None:
         """Write the chunks' KV; sample a token for each chunk that ends its sequence's known tokens.
 
-        None if no chunk does. Raises SamplerError, KeyError for an unknown model, and what the kernels raise.
+        None if no chunk does. Raises KeyError for an unknown model, and what the kernels raise.
         """
         model = self._models[job.model]
         self._partition.apply(job.threads)
@@ -101,10 +95,7 @@ class Runner:
             slots=[c.slot for _, c in ending],
             limits=[c.limit for _, c in ending],
         )
-        positions = batch.context_lengths[rows]
-        sampled = sample(logits, sampling, positions, model.tokens)
-        model.tokens[sampling.slots, positions] = sampled.tokens.int()
-        return _step(job.job, sampling.slots, positions, sampled)
+        return _sample(job.job, model, logits, _Rows(sampling, batch.context_lengths[rows]))[0]
 
     @torch.inference_mode()
     def decode(self, job: DecodeJob) -> Iterator[Step]:
@@ -116,29 +107,56 @@ class Runner:
             slots=[row.slot for row in job.rows],
             limits=[row.limit for row in job.rows],
         )
-        lengths = torch.tensor([row.length for row in job.rows])
+        rows = _Rows(sampling, torch.tensor([row.length for row in job.rows]))
         for _ in range(job.steps):
-            slots = sampling.slots
-            batch = decode_batch(slots, lengths)
-            tokens = model.tokens[slots, batch.positions].long()
+            batch = decode_batch(rows.sampling.slots, rows.lengths)
+            tokens = model.tokens[batch.slots, batch.positions].long()
             hidden = model.decoder.forward(tokens, batch, model.cache)
-            sampled = sample(model.decoder.logits(hidden), sampling, lengths, model.tokens)
-            model.tokens[slots, lengths] = sampled.tokens.int()
-            yield _step(job.job, slots, lengths, sampled)
-            lengths = lengths + 1
-            going = sampled.finished == 0
-            if not bool(going.all()):
-                if not bool(going.any()):
-                    return
-                sampling, lengths = sampling.select(going), lengths[going]
+            step, rows = _sample(job.job, model, model.decoder.logits(hidden), rows)
+            yield step
+            if not len(rows.lengths):
+                return
 
 
-def _step(job: int, slots: Tensor, positions: Tensor, sampled: Sampled) -> Step:
-    return Step(
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Sequences that go on. lengths: int64 `[R]`, tokens known of each."""
+
+    sampling: SamplingBatch
+    lengths: Tensor
+
+    def select(self, keep: Tensor) -> _Rows:
+        """Those for which `keep`, bool `[R]`, is true."""
+        return _Rows(self.sampling.select(keep), self.lengths[keep])
+
+
+def _sample(job: int, model: MappedModel, logits: Tensor, rows: _Rows) -> tuple[Step, _Rows]:
+    """Choose the next token of each row and write it to the token table; the step, and the rows that go on.
+
+    Rows whose logits are not finite leave, and the others do not notice.
+    """
+    failed: tuple[int, ...] = ()
+    try:
+        sampled = sample(logits, rows.sampling, rows.lengths, model.tokens)
+    except SamplerError as error:
+        keep = torch.ones(len(rows.lengths), dtype=torch.bool)
+        keep[list(error.rows)] = False
+        failed = tuple(rows.sampling.slots[~keep].tolist())
+        rows, logits = rows.select(keep), logits[keep]
+        if not len(rows.lengths):
+            return Step(job, (), (), (), (), failed=failed), rows
+        sampled = sample(logits, rows.sampling, rows.lengths, model.tokens)
+    slots, positions = rows.sampling.slots, rows.lengths
+    model.tokens[slots, positions] = sampled.tokens.int()
+    step = Step(
         job,
         tuple(slots.tolist()),
         tuple(positions.tolist()),
         tuple(sampled.tokens.tolist()),
         tuple(sampled.finished.tolist()),
         sampled.logprobs,
+        failed,
     )
+    going = sampled.finished == UNFINISHED
+    after = _Rows(rows.sampling, positions + 1)
+    return step, after if bool(going.all()) else after.select(going)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import uuid
+from collections.abc import Coroutine
 
 import structlog
 
@@ -35,13 +36,7 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
     server.add(worker_pb2_grpc.add_WorkerServiceServicer_to_server, WorkerServicer(worker), SERVICE)
     try:
         bound = await server.start()
-        starting = asyncio.create_task(worker.start(), name="start")
-        stopping = asyncio.create_task(stop.wait(), name="stop")
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            return
-        starting.result()
+        await _unless(stop, worker.start())
         entry = admin_pb2.ServiceEntry(
             kind="worker",
             id=settings.id,
@@ -50,13 +45,26 @@ async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
             pid=os.getpid(),
         )
         redis = connect(settings.redis_url)
-        async with redis, Registry(redis).keep(entry):
-            await server.set_serving(SERVICE, True)
-            await stopping
+        if not stop.is_set():
+            async with redis, Registry(redis).keep(entry):
+                await server.set_serving(SERVICE, True)
+                await _unless(stop, worker.broken())
         log.info("stopping")
     finally:
         await server.stop(_GRACE)
         await worker.stop()
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[None, None, None]) -> None:
+    """Returns when `work` has come to its end, or `stop` is set and `work` was cancelled."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.wait((working,))
+        return
+    working.result()
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ class Child:
             pass_fds=pass_fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            process_group=0,  # the terminal's Ctrl-C is the worker's alone
             stderr=stderr,
             env={**os.environ, **(environment or {})},
         )

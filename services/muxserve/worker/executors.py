@@ -72,6 +72,7 @@ class ExecutorProcess:
 
     on_report gets Step and JobDone of the job that runs. on_change is called when it becomes ready and when
     it dies; `ready` then says which. A job that was submitted to an executor that died gets no JobDone.
+    `broken` ends with an exception if supervision or one of these calls fails: a bug, and the worker's end.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class ExecutorProcess:
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._becoming: asyncio.Future[Ready] = self._loop.create_future()
         self._supervisor: asyncio.Task[None] | None = None
+        self.broken: asyncio.Future[None] = self._loop.create_future()
 
     async def start(self) -> None:
         """Returns when it is ready. Raises ExecutorFailed if the first attempt comes to nothing."""
@@ -154,11 +156,15 @@ class ExecutorProcess:
             await asyncio.sleep(pause)
 
     def _supervisor_ended(self, supervisor: asyncio.Task[None]) -> None:
-        if supervisor.cancelled() or (error := supervisor.exception()) is None:
-            return
-        log.error("supervision of an executor failed", kind=self.kind, exc_info=error)
+        if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
+            self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        log.error("executor out of control", kind=self.kind, exc_info=error)
         if not self._started.done():
             self._started.set_exception(error)
+        if not self.broken.done():
+            self.broken.set_exception(error)
 
     def _spawn(self) -> tuple[Child, asyncio.Future[None]]:
         ours, theirs = Link.pair()
@@ -218,6 +224,8 @@ class ExecutorProcess:
         except LinkClosed:
             self._loop.remove_reader(link.fileno())
             _resolve(dead)
+        except Exception as error:
+            self._break(error)
 
     def _handle(self, report: Report) -> None:
         match report:

@@ -15,7 +15,7 @@ from muxserve.engine.pool import BlockPool
 from muxserve.engine.shares import share_of_cores
 from muxserve.worker.executors import ExecutorOptions, ExecutorProcess
 from muxserve.worker.jobs import Plan, plan
-from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, Tokens
+from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, Refused, Tokens
 from muxserve.worker.sequences import SequenceBook
 
 log = structlog.get_logger(__name__)
@@ -129,7 +129,8 @@ class Lane:
         outcome = Outcome.FAILED if report.error else Outcome.OK
         if isinstance(running.plan.message, PrefillJob) and not report.error:
             for chunk in running.plan.message.chunks:
-                running.plan.sequences[chunk.slot].computed = chunk.end
+                if (sequence := running.plan.sequences.get(chunk.slot)) is not None:
+                    sequence.computed = chunk.end
         self._end(running, outcome, report.steps, report.seconds, report.error)
 
     def _on_step(self, running: _Running, step: Step) -> None:
@@ -141,7 +142,14 @@ class Lane:
             if decoding:
                 sequence.computed = position
         numbers = tuple(sequence.number for sequence in sequences)
-        running.owner.send(Tokens(running.order.job, numbers, step))
+        if numbers:
+            running.owner.send(Tokens(running.order.job, numbers, step))
+        for slot in step.failed:
+            sequence = running.plan.sequences.pop(slot)
+            running.plan.refused.append((sequence.number, Refused.NOT_OPEN))
+            running.plan.problems.append(f"sequence {sequence.number}: its logits are not finite")
+            running.owner.book.leave(sequence)
+            running.owner.book.close([sequence.number])
         if decoding:
             # Finished rows have left the executor's batch: their blocks need not wait for the lease's end.
             for slot, sequence in zip(step.slots, sequences, strict=True):

@@ -40,11 +40,11 @@ class Worker:
     def __init__(self, settings: WorkerSettings, incarnation: str) -> None:
         self.settings = settings
         self.incarnation = incarnation
-        self._arena = SharedArena.create(int(settings.arena), int(settings.block_bytes))
-        self.pool = BlockPool(self._arena.blocks)
+        self.arena = SharedArena.create(int(settings.arena), int(settings.block_bytes))
+        self.pool = BlockPool(self.arena.blocks)
         options = ExecutorOptions(
-            arena=self._arena.descriptor(),
-            arena_fd=self._arena.fd,
+            arena=self.arena.descriptor(),
+            arena_fd=self.arena.fd,
             cores=settings.compute_units,
             timeout=settings.executor_timeout,
             log_level=settings.log_level,
@@ -79,6 +79,10 @@ class Worker:
             weight_budget_mib=self.weights.budget // MIB,
         )
 
+    async def broken(self) -> None:
+        """Returns never; raises when the worker cannot go on, because of a bug."""
+        await asyncio.gather(*(executor.broken for executor in self.lanes.executors))
+
     async def stop(self) -> None:
         """End everything, in the order in which it hangs together. Returns within about three seconds."""
         if (session := self.sessions.current) is not None:
@@ -86,7 +90,7 @@ class Worker:
             await asyncio.wait((closing,), timeout=0.5)  # a prefill that runs on is ended with its executor
         await self.lanes.stop()
         await self.models.stop()
-        self._arena.close()
+        self.arena.close()
 
     def pool_report(self) -> PoolReport:
         """The pool's books, checked now."""
