@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -121,3 +122,41 @@ async def test_a_sequence_whose_logits_are_not_finite_fails_alone(fragile: Harne
         assert "not finite" in result.done.error
         await stream.close(good)
         await fragile.assert_idle()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_whatever_a_scheduler_does_every_job_ends_and_every_block_comes_back(
+    fragile: Harness, seed: int
+) -> None:
+    """Orders at random, most of them sensible, mostly without waiting; executors are killed in between."""
+    chooser = random.Random(seed)
+    async with fragile.stream() as stream:
+        lengths: dict[int, int] = {}
+        jobs: list[int] = []
+        for turn in range(100):
+            prompt = PROMPT * chooser.randint(1, 60)
+            lengths[await stream.open("llama", prompt, 100)] = len(prompt)
+            some = chooser.sample(sorted(lengths), min(len(lengths), chooser.randint(1, 5)))
+            match chooser.choice(["prefill", "prefill", "decode", "decode", "end", "close", "wait"]):
+                case "prefill":
+                    early = chooser.random() < 0.1
+                    chunks = {number: (0, lengths[number] - early) for number in some}
+                    jobs.append(await stream.start_prefill("llama", chunks, 0.5))
+                case "decode":
+                    jobs.append(await stream.start_decode("llama", some, chooser.choice([1, 8, 100]), 0.5))
+                case "end" if jobs:
+                    await stream.say(end_lease=worker_pb2.EndLease(job=chooser.choice(jobs)))
+                case "close":
+                    await stream.close(*some)
+                case "wait" if jobs:
+                    await stream.result(jobs[-1])
+            if turn in (40, 80):
+                victim = chooser.choice([e.pid for e in (await fragile.info()).executors if e.pid])
+                os.kill(victim, signal.SIGKILL)
+        results = [await stream.result(job) for job in jobs]
+        assert {result.outcome for result in results} <= {"OK", "FAILED", "EXECUTOR_LOST"}
+        assert any(result.steps for result in results)
+    await fragile.assert_idle()
+    fragile.worker.models.loaded[0].tables.check_integrity()
+    async with fragile.stream() as stream:
+        assert len((await stream.generate("llama", [PROMPT], 20))[0]) == 20
