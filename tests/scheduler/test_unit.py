@@ -16,6 +16,7 @@ from muxserve.scheduler.scheduler import Scheduler
 from muxserve.scheduler.settings import SchedulerSettings
 from muxserve.v1 import admin_pb2, common_pb2, scheduler_pb2, scheduler_pb2_grpc
 from tests.scheduler.conftest import Setting, eventually
+from tests.scheduler.fake_gateway import FakeGateway
 from tests.scheduler.fake_worker import completion, shape
 
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
@@ -207,12 +208,11 @@ async def test_a_scheduler_that_restarts_keeps_the_quotas(setting: Setting) -> N
 async def test_only_as_many_requests_are_pulled_as_may_soon_run(setting: Setting) -> None:
     worker = await setting.worker(1000, {"a": shape(slots=4)})
     await setting.place(worker)
-    running = await setting.scheduler()
-    gateway = await setting.gateway(running.address)
     worker.gate.clear()
+    gateway = FakeGateway(setting.queue)
     clients = [await gateway.ask("a", [n], 5) for n in range(20)]
-    await eventually(lambda: worker.available < 1000)
-    status = await running.status()
+    running = await setting.scheduler()
+    await gateway.attach(running.address)
     await eventually(lambda: _depth(setting, 12))
     status = await running.status()
     assert (status.models[0].running, status.models[0].waiting) == (4, 4)
@@ -221,6 +221,7 @@ async def test_only_as_many_requests_are_pulled_as_may_soon_run(setting: Setting
         for client in clients:
             await client.done.wait()
             assert client.tokens == completion(client.request.prompt_tokens, 5)
+    await gateway.detach()
 
 
 async def _depth(setting: Setting, depth: int) -> bool:
