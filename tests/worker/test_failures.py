@@ -133,6 +133,7 @@ async def test_whatever_a_scheduler_does_every_job_ends_and_every_block_comes_ba
     async with fragile.stream() as stream:
         lengths: dict[int, int] = {}
         jobs: list[int] = []
+        dead = {0}
         for turn in range(100):
             prompt = PROMPT * chooser.randint(1, 60)
             lengths[await stream.open("llama", prompt, 100)] = len(prompt)
@@ -151,12 +152,18 @@ async def test_whatever_a_scheduler_does_every_job_ends_and_every_block_comes_ba
                 case "wait" if jobs:
                     await stream.result(jobs[-1])
             if turn in (40, 80):
-                victim = chooser.choice([e.pid for e in (await fragile.info()).executors if e.pid])
+                victim = chooser.choice(
+                    [e.pid for e in (await fragile.info()).executors if e.pid not in dead]
+                )
                 os.kill(victim, signal.SIGKILL)
+                dead.add(victim)
         results = [await stream.result(job) for job in jobs]
         assert {result.outcome for result in results} <= {"OK", "FAILED", "EXECUTOR_LOST"}
         assert any(result.steps for result in results)
     await fragile.assert_idle()
     fragile.worker.models.loaded[0].tables.check_integrity()
+    async with asyncio.timeout(LIMIT):
+        while dead & {executor.pid for executor in (await fragile.info()).executors}:
+            pass
     async with fragile.stream() as stream:
         assert len((await stream.generate("llama", [PROMPT], 20))[0]) == 20
