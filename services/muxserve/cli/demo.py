@@ -78,7 +78,7 @@ class Board:
             table.add_column(model, ratio=1)
         for question in QUESTIONS:
             texts = [answer.text.strip() for answer in self.answers if answer.question == question]
-            table.add_row(*(Text(f"{question}\n", "bold").append(text, "none") for text in texts))
+            table.add_row(*(Text.assemble((f"{question}\n", "bold"), text) for text in texts))
         return table
 
 
