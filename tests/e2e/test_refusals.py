@@ -35,8 +35,9 @@ def test_a_bad_field_is_named(client: Client, field: str, arguments: dict[str, A
 
 
 def test_an_unknown_model_is_not_found(client: Client) -> None:
-    with pytest.raises(NotFound, match="nosuch"):
+    with pytest.raises(NotFound, match="nosuch") as caught:
         client.generate("nosuch", "hi")
+    assert caught.value.field == "model"
 
 
 def test_a_50_mb_message_is_refused(cluster: Cluster) -> None:

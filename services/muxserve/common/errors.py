@@ -4,7 +4,7 @@
     ├── InvalidArgument      INVALID_ARGUMENT     BadRequest names the field
     ├── Unauthenticated      UNAUTHENTICATED
     ├── PermissionDenied     PERMISSION_DENIED
-    ├── NotFound             NOT_FOUND            ResourceInfo
+    ├── NotFound             NOT_FOUND            ResourceInfo; BadRequest names the field
     ├── AlreadyExists        ALREADY_EXISTS
     ├── FailedPrecondition   FAILED_PRECONDITION
     ├── Aborted              ABORTED
@@ -73,7 +73,7 @@ class PermissionDenied(ServiceError):
 
 
 class NotFound(ServiceError):
-    """`what` ("model", "unit") named `name` does not exist."""
+    """`what` ("model", "unit") named `name` does not exist. The field at fault bears the same word."""
 
     code = grpc.StatusCode.NOT_FOUND
 
@@ -84,6 +84,8 @@ class NotFound(ServiceError):
 
     def details(self) -> Iterator[message.Message]:
         yield error_details_pb2.ResourceInfo(resource_type=self.what, resource_name=self.name)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=self.what, description=str(self))
+        yield error_details_pb2.BadRequest(field_violations=[violation])
 
 
 class AlreadyExists(ServiceError):
