@@ -73,6 +73,7 @@ class FakeGateway:
         """Do not answer resume queries."""
         self._task: asyncio.Task[None] | None = None
         self._call: Any = None
+        self._writing = asyncio.Lock()  # gRPC takes one write at a time
         self._numbers = 0
 
     async def attach(self, address: str) -> None:
@@ -127,7 +128,11 @@ class FakeGateway:
 
     async def _cancel(self, request_id: str) -> None:
         cancel = scheduler_pb2.AttachRequest.Cancel(request_id=request_id)
-        await self._call.write(scheduler_pb2.AttachRequest(cancel=cancel))
+        await self._write(scheduler_pb2.AttachRequest(cancel=cancel))
+
+    async def _write(self, message: scheduler_pb2.AttachRequest) -> None:
+        async with self._writing:
+            await self._call.write(message)
 
     async def _run(self, address: str) -> None:
         async with channel(address) as connection:
@@ -160,7 +165,7 @@ class FakeGateway:
             if client is not None:
                 client.attempt = event.attempt
                 answer.emitted_tokens.extend(client.tokens)
-            await self._call.write(scheduler_pb2.AttachRequest(resume=answer))
+            await self._write(scheduler_pb2.AttachRequest(resume=answer))
         elif client is None:
             await self._cancel(event.request_id)
         else:
