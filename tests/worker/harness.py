@@ -111,6 +111,7 @@ class Stream:
 
     def __init__(self, call: Any, epoch: int) -> None:
         self._call = call
+        self._writing = asyncio.Lock()  # gRPC takes one write at a time
         self._epoch = epoch
         self._numbers = itertools.count(1)
         self._jobs: dict[int, JobResult] = {}
@@ -138,8 +139,9 @@ class Stream:
             await asyncio.wait((self._reader,))
 
     async def say(self, **kind: Any) -> None:
-        with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            await self._call.write(worker_pb2.JobsRequest(**kind))
+        async with self._writing:
+            with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                await self._call.write(worker_pb2.JobsRequest(**kind))
 
     async def open(
         self,
