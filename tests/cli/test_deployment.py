@@ -79,7 +79,7 @@ def test_a_port_that_is_taken_is_refused() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        config = DeploymentConfig(models=[{"name": "a", "path": "/m"}], port=port)
+        config = DeploymentConfig(models=[{"name": "a", "path": "/m"}], port=port, admin_port=0)
         with pytest.raises(PortTaken, match=str(port)):
             plan(config, Path("/run/redis"), Path("/bin/valkey-server"))
 

@@ -87,7 +87,10 @@ def undisturbed(fragile: Cluster) -> list[Answer]:
     return answers
 
 
-@pytest.mark.parametrize("victim", ["decode", "prefill", "worker", "scheduler", "redis"])
+@pytest.mark.parametrize(
+    "victim",
+    ["decode", pytest.param("prefill", marks=pytest.mark.slow), "worker", "scheduler", "redis"],
+)
 @pytest.mark.timeout(240)
 async def test_streams_survive_a_kill(
     fragile: Cluster, client: AsyncClient, undisturbed: list[Answer], victim: str
