@@ -99,10 +99,17 @@ def test_a_refusal_is_one_line_with_field_and_request(run: Run, peer: Peer) -> N
 
 
 def test_nobody_there_is_one_line_too() -> None:
-    for command in (["models", "--address"], ["status", "--admin"], ["quota", "show", "--admin"]):
-        done = subprocess.run([MUXSERVE, *command, "127.0.0.1:1"], capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    commands = (["models", "--address"], ["status", "--admin"], ["quota", "show", "--admin"])
+    processes = [
+        subprocess.Popen(
+            [MUXSERVE, *command, "127.0.0.1:1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    for process in processes:
+        out, error = process.communicate(timeout=60)
+        assert (process.returncode, out) == (1, "")
+        assert error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_chat_answers_one_message(run: Run, peer: Peer) -> None:
