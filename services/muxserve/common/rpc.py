@@ -59,13 +59,10 @@ def _unary(inner: Any, method: str) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
             return await inner(request, context)
-        except ServiceError as error:
-            await context.abort_with_status(to_status(error, error.request_id))
         except (grpc.aio.AbortError, grpc.aio.UsageError):
             raise
-        except Exception:
-            log.exception("rpc failed", method=method)
-            await context.abort_with_status(to_status(Internal("internal error; the service's log has it")))
+        except Exception as error:
+            await _abort(context, error, method)
 
     return call
 
@@ -75,15 +72,20 @@ def _streaming(inner: Any, method: str) -> Any:
         try:
             async for response in inner(request, context):
                 yield response
-        except ServiceError as error:
-            await context.abort_with_status(to_status(error, error.request_id))
         except (grpc.aio.AbortError, grpc.aio.UsageError):
             raise
-        except Exception:
-            log.exception("rpc failed", method=method)
-            await context.abort_with_status(to_status(Internal("internal error; the service's log has it")))
+        except Exception as error:
+            await _abort(context, error, method)
 
     return call
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> None:
+    """End the call with the status of what the servicer raised. Called where it is being handled."""
+    if not isinstance(error, ServiceError):
+        log.exception("rpc failed", method=method)
+        error = Internal("internal error; the service's log has it")
+    await context.abort_with_status(to_status(error, error.request_id))
 
 
 class RpcServer:

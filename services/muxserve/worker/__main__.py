@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-import uuid
 from collections.abc import Coroutine
 
 import structlog
 
 from muxserve.common.process import run
-from muxserve.common.registry import Registry
+from muxserve.common.registry import Registry, entry_of_this_process
 from muxserve.common.rpc import RpcServer
 from muxserve.common.settings import load_settings
 from muxserve.common.store import connect
 from muxserve.engine.arena import ArenaError
-from muxserve.v1 import admin_pb2, worker_pb2_grpc
+from muxserve.v1 import worker_pb2_grpc
 from muxserve.worker.executors import ExecutorFailed
 from muxserve.worker.service import SERVICE, WorkerServicer
 from muxserve.worker.settings import WorkerSettings
@@ -30,20 +28,13 @@ _GRACE = 0.5
 
 async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
     """Serve until `stop`. Raises ArenaError, ExecutorFailed or OSError if the worker cannot start."""
-    incarnation = uuid.uuid4().hex
-    worker = Worker(settings, incarnation)
+    entry = entry_of_this_process("worker", settings.id, "")
+    worker = Worker(settings, entry.incarnation)
     server = RpcServer(settings.bind)
     server.add(worker_pb2_grpc.add_WorkerServiceServicer_to_server, WorkerServicer(worker), SERVICE)
     try:
-        bound = await server.start()
+        entry.address = settings.advertised(await server.start())
         await _unless(stop, worker.start())
-        entry = admin_pb2.ServiceEntry(
-            kind="worker",
-            id=settings.id,
-            address=settings.advertised(bound),
-            incarnation=incarnation,
-            pid=os.getpid(),
-        )
         redis = connect(settings.redis_url)
         if not stop.is_set():
             async with redis, Registry(redis).keep(entry):
