@@ -140,7 +140,8 @@ async def scheduler_process(setting: Setting, name: str = "scheduler-0") -> Asyn
                 await asyncio.sleep(0.02)
         yield process.pid, address
         if process.returncode is None:
-            process.terminate()
+            # Not process.terminate(): it may reap one that has just died, and then its exit code is lost.
+            os.kill(process.pid, signal.SIGTERM)
     finally:
         async with asyncio.timeout(10):
             assert await process.wait() in (0, -signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections import deque
@@ -57,7 +58,7 @@ class SupervisedProcess:
                     start_new_session=True,
                 )
             if self._stopping:
-                self._process.kill()
+                self._send(signal.SIGKILL)
             self.pid = self._process.pid
             started()
             code = await self._process.wait()
@@ -72,9 +73,7 @@ class SupervisedProcess:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal if it runs; after SIGTERM and SIGKILL it is not started again."""
         self._stopping = True
-        if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.send_signal(number)
+        self._send(number)
 
     async def stop(self) -> None:
         """End it within its grace, or kill it."""
@@ -93,6 +92,12 @@ class SupervisedProcess:
         """The end of its log."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-TAIL_LINES:])
+
+    def _send(self, number: signal.Signals) -> None:
+        # Not Process.send_signal: it may reap a process that has just died, and then its exit code is lost.
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     def _judge(self, code: int) -> float:
         """Seconds until the next start after an end with `code`. Raises GaveUp."""
