@@ -17,17 +17,17 @@ from muxserve.engine.kernels.interface import KVCache, RaggedBatch
 from muxserve.engine.loader import fill
 from muxserve.engine.models.decoder import Decoder
 from muxserve.engine.spec import KVLayout
-from muxserve.engine.weights import map_weights, weights_memfd
+from muxserve.engine.weights import map_tensors, weights_memfd
 
 Tokens = list[int]
 
 
 def load_decoder(checkpoint: Checkpoint) -> Decoder:
     """A decoder over weights that went through a memfd, as an executor gets them."""
-    fd = weights_memfd(checkpoint.weight_bytes)
+    fd = weights_memfd(checkpoint.weight_bytes())
     try:
         fill(checkpoint, fd, threads=1)
-        weights = map_weights(fd, checkpoint.manifest())
+        weights = map_tensors(fd, checkpoint.manifest())
     finally:
         os.close(fd)
     return Decoder(checkpoint.spec, weights, CpuKernels())

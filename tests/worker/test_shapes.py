@@ -13,7 +13,7 @@ from muxserve.worker.shapes import ServedShape, Weights, serve
 
 def served(path: Path, *, blocks: int, block_bytes: int = 4096, max_context: int = 0) -> ServedShape:
     checkpoint = open_checkpoint(path)
-    weights = Weights(checkpoint.spec, checkpoint.manifest(), checkpoint.weight_bytes, ())
+    weights = Weights(checkpoint.spec, "canonical", checkpoint.manifest(), checkpoint.weight_bytes(), ())
     return serve("small", weights, block_bytes=block_bytes, blocks=blocks, slots=4, max_context=max_context)
 
 

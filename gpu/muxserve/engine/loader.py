@@ -14,28 +14,31 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from muxserve.engine.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from muxserve.engine.checkpoint.base import NUMPY_DTYPES
-from muxserve.engine.messages import TensorEntry
+from muxserve.engine.checkpoint.base import NUMPY_DTYPES, Piece
+from muxserve.engine.messages import WeightLayout
 
 
-def fill(checkpoint: Checkpoint, fd: int, threads: int) -> None:
-    """Write every tensor to its place in the memory behind `fd`. Raises CheckpointError."""
+def fill(checkpoint: Checkpoint, fd: int, threads: int, layout: WeightLayout = "canonical") -> None:
+    """Write every tensor to its place in the memory behind `fd`, all zero before. Raises CheckpointError."""
     size = os.fstat(fd).st_size
-    if size < checkpoint.weight_bytes:
-        raise CheckpointError("fd", f"has {size} bytes for weights of {checkpoint.weight_bytes}")
+    needed = checkpoint.weight_bytes(layout)
+    if size < needed:
+        raise CheckpointError("fd", f"has {size} bytes for weights of {needed}")
     mapping = mmap.mmap(fd, size)
 
-    def one(entry: TensorEntry) -> None:
+    def one(piece: Piece) -> None:
+        entry = piece.entry
         out = np.ndarray(entry.shape, NUMPY_DTYPES[entry.dtype], mapping, entry.offset)
-        checkpoint.read_into(entry.name, out)
+        checkpoint.write(piece, out, layout)
 
     # numpy lets go of the interpreter lock in its loops, so a few threads do help.
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(one, checkpoint.manifest()):
+        for _ in pool.map(one, checkpoint.pieces(layout)):
             pass
 
 
@@ -43,11 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="muxserve.engine.loader", description=__doc__)
     parser.add_argument("--path", type=Path, required=True, help="model directory or GGUF file")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--layout", default="canonical", choices=get_args(WeightLayout))
     parser.add_argument("--fd", type=int, required=True, help="the memfd, inherited")
     parser.add_argument("--threads", type=int, default=2, help="threads that convert")
     arguments = parser.parse_args(argv)
     try:
-        fill(open_checkpoint(arguments.path, arguments.dtype), arguments.fd, arguments.threads)
+        checkpoint = open_checkpoint(arguments.path, arguments.dtype)
+        fill(checkpoint, arguments.fd, arguments.threads, arguments.layout)
     except CheckpointError as error:
         return _report(error.field, error.reason)
     except OSError as error:

@@ -6,6 +6,8 @@ sides map. So a restarted executor needs `AttachArena` and `AddModel` and nothin
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from muxserve.engine.spec import KVLayout, ModelSpec
@@ -30,6 +32,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: int = -1
     """-1 = none, 0 = of the chosen token, k = and of the k most likely ones."""
     stop_token_ids: tuple[int, ...] = ()
+
+
+WeightLayout = Literal["canonical", "panels"]
+"""How matrices lie in weight memory: rows as they are, for the reference decoder and the GPU, or packed for
+the CPU engine (see `muxserve.engine.checkpoint.canonical`)."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +68,7 @@ class AddModel(msgspec.Struct, frozen=True, tag=True):
     context: int
     """Tokens of the longest sequence that is served: the width of the tables."""
     weights: tuple[TensorEntry, ...]
+    weight_layout: WeightLayout = "canonical"
 
 
 class RemoveModel(msgspec.Struct, frozen=True, tag=True):

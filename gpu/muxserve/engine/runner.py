@@ -18,7 +18,7 @@ from muxserve.engine.models.decoder import Decoder
 from muxserve.engine.sampler import SamplerError, SamplingBatch, sample
 from muxserve.engine.shares import ThreadsPartition
 from muxserve.engine.tables import TableViews
-from muxserve.engine.weights import map_weights
+from muxserve.engine.weights import map_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Runner:
         """Map a model; closes both descriptors. A model of that name that is there is replaced."""
         assert self._arena is not None
         try:
-            weights = map_weights(weights_fd, command.weights)
+            weights = map_tensors(weights_fd, command.weights)
             views = TableViews.attach(tables_fd, command.layout, command.slots, command.context)
         finally:
             os.close(weights_fd)

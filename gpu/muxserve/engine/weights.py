@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from muxserve.engine.messages import TensorEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Array = NDArray[np.generic]
+
+_STORED: dict[str, np.dtype[np.generic]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 
 
 def weights_memfd(size: int) -> int:
@@ -26,22 +32,28 @@ def weights_memfd(size: int) -> int:
     return fd
 
 
-def map_weights(fd: int, manifest: Iterable[TensorEntry]) -> dict[str, Tensor]:
-    """Tensors over the shared, read-only mapping of `fd`: no copy, and a write to one is a fault.
+def map_weights(fd: int, manifest: Iterable[TensorEntry]) -> dict[str, Array]:
+    """Read-only arrays over the shared mapping of `fd`, by name: no copy. bfloat16 comes as uint16.
 
-    The mapping lives as long as the tensors; `fd` may be closed at once.
+    The mapping lives as long as the arrays; `fd` may be closed at once.
     """
-    import torch  # only executors come here: the worker, which makes the memfd, stays free of torch
-
     # Populated: the first request should not pay for a page fault in every few rows of every matrix.
     mapping = mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
-    tensors = {}
+    return {
+        entry.name: np.ndarray(entry.shape, _STORED[entry.dtype], mapping, entry.offset) for entry in manifest
+    }
+
+
+def map_tensors(fd: int, manifest: Iterable[TensorEntry]) -> dict[str, Tensor]:
+    """`map_weights` as torch tensors in their own dtypes; a write to one is a fault."""
+    import torch  # what runs without torch stays free of it
+
+    entries = tuple(manifest)
+    arrays = map_weights(fd, entries)
     with warnings.catch_warnings():
-        # torch warns that it cannot keep us from writing to a read-only buffer. We do not.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        for entry in manifest:
-            dtype = getattr(torch, entry.dtype)
-            count = math.prod(entry.shape)
-            flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=entry.offset)
-            tensors[entry.name] = flat.view(entry.shape)
-    return tensors
+        # torch warns that it cannot keep us from writing to a read-only array. We do not.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return {
+            entry.name: torch.from_numpy(arrays[entry.name]).view(getattr(torch, entry.dtype))
+            for entry in entries
+        }

@@ -172,6 +172,7 @@ class ModelTable:
                 shape.slots,
                 shape.context_length,
                 shape.weights.manifest,
+                shape.weights.layout,
             )
             for executor in self._executors:
                 undo.push_async_callback(executor.remove_model, name)

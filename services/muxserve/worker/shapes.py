@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from muxserve.common.errors import InvalidArgument
-from muxserve.engine.messages import TensorEntry
+from muxserve.engine.messages import TensorEntry, WeightLayout
 from muxserve.engine.spec import ITEMSIZE, KVLayout, ModelSpec
 
 MIN_CONTEXT = 16
@@ -19,6 +19,7 @@ class Weights:
     """A checkpoint's headers: enough to plan with, no tensor data."""
 
     spec: ModelSpec
+    layout: WeightLayout
     manifest: tuple[TensorEntry, ...]
     bytes: int
     fingerprint: tuple[object, ...]

@@ -14,11 +14,15 @@ import structlog
 
 from muxserve.common.errors import Internal, InvalidArgument, Overloaded
 from muxserve.engine.checkpoint import CheckpointError, RequestedDType, open_checkpoint
+from muxserve.engine.messages import WeightLayout
 from muxserve.engine.weights import weights_memfd
 from muxserve.worker.child import Child
 from muxserve.worker.shapes import MIB, Weights
 
 log = structlog.get_logger(__name__)
+
+WEIGHT_LAYOUT: WeightLayout = "canonical"
+"""What this worker's executors want."""
 
 _REPORT_EVERY = 5.0
 """Seconds between lines in the log while a model loads."""
@@ -100,7 +104,13 @@ class WeightStore:
                 requested: RequestedDType = dtype  # type: ignore[assignment]  # checked by open_checkpoint
                 checkpoint = open_checkpoint(Path(path), requested)
                 resolved = (*key[:-1], checkpoint.spec.dtype)
-                known = Weights(checkpoint.spec, checkpoint.manifest(), checkpoint.weight_bytes, resolved)
+                known = Weights(
+                    checkpoint.spec,
+                    WEIGHT_LAYOUT,
+                    checkpoint.manifest(WEIGHT_LAYOUT),
+                    checkpoint.weight_bytes(WEIGHT_LAYOUT),
+                    resolved,
+                )
                 self._inspected[key] = known
         except CheckpointError as error:
             raise _invalid(error.field, error.reason) from error
@@ -113,7 +123,7 @@ class WeightStore:
         loop = asyncio.get_running_loop()
         started = loop.time()
         arguments = ["--parent", f"{os.getpid()}", "--path", path, "--dtype", weights.spec.dtype]
-        arguments += ["--fd", f"{fd}", "--threads", f"{self._threads}"]
+        arguments += ["--layout", weights.layout, "--fd", f"{fd}", "--threads", f"{self._threads}"]
         errors = os.memfd_create("muxserve-loader-errors", os.MFD_CLOEXEC)
         try:
             child = Child("muxserve.worker.loader_process", arguments, pass_fds=[fd], stderr=errors)

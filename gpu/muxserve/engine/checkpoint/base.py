@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import ml_dtypes
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from muxserve.engine.checkpoint.canonical import CanonicalTensor, canonical_tensors, manifest, manifest_bytes
 from muxserve.engine.checkpoint.errors import CheckpointError
-from muxserve.engine.messages import TensorEntry
+from muxserve.engine.messages import TensorEntry, WeightLayout
+from muxserve.engine.packing import PANEL, lanes, write_rows
 from muxserve.engine.spec import ModelSpec
 
 Array = NDArray[np.generic]
@@ -40,6 +42,17 @@ class TensorSource(Protocol):
         """Rows `[start, stop)` (axis 0) in canonical order and value, in any floating dtype."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows `[start, stop)` of part `part` of a tensor: what is converted at a time, by whichever thread."""
+
+    entry: TensorEntry
+    tensor: CanonicalTensor
+    part: int
+    start: int
+    stop: int
+
+
 class Checkpoint:
     """A checkpoint whose headers were read and agree with its spec; tensor data is read on demand.
 
@@ -50,37 +63,53 @@ class Checkpoint:
         self.spec = spec
         self._source = source
         self._tensors = {tensor.name: tensor for tensor in canonical_tensors(spec)}
-        self._manifest = manifest(spec)
         for tensor in self._tensors.values():
             self._check(tensor)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the memory that holds the weights as `manifest()` lays them out."""
-        return manifest_bytes(self._manifest)
+    def weight_bytes(self, layout: WeightLayout = "canonical") -> int:
+        """Bytes of the memory that holds the weights as `manifest(layout)` lays them out."""
+        return manifest_bytes(self.manifest(layout))
 
-    def manifest(self) -> tuple[TensorEntry, ...]:
-        """Name, dtype, shape and offset of every canonical tensor. Reads no tensor data."""
-        return self._manifest
+    def manifest(self, layout: WeightLayout = "canonical") -> tuple[TensorEntry, ...]:
+        """Name, dtype, shape and offset of every tensor. Reads no tensor data."""
+        return manifest(self.spec, layout)
 
-    def tensors(self) -> Iterator[tuple[str, Array]]:
-        """Every canonical tensor in manifest order, each converted when it is asked for."""
-        for entry in self._manifest:
-            out = np.empty(entry.shape, NUMPY_DTYPES[entry.dtype])
-            self.read_into(entry.name, out)
+    def tensors(self, layout: WeightLayout = "canonical") -> Iterator[tuple[str, Array]]:
+        """Every tensor in manifest order, each converted when it is asked for."""
+        for entry in self.manifest(layout):
+            out = np.zeros(entry.shape, NUMPY_DTYPES[entry.dtype])
+            for piece in self._pieces(entry):
+                self.write(piece, out, layout)
             yield entry.name, out
 
-    def read_into(self, name: str, out: Array) -> None:
-        """Write the canonical tensor `name` to `out` (its shape, any floating dtype), chunk by chunk."""
-        tensor = self._tensors[name]
-        first = 0
-        for source, shape in zip(self._source.names(tensor), tensor.parts, strict=True):
-            step = max(1, CHUNK_ELEMENTS // math.prod(shape[1:]))
+    def pieces(self, layout: WeightLayout) -> Iterator[Piece]:
+        """What `write` has to be called with, once each, in any order and by any threads."""
+        for entry in self.manifest(layout):
+            yield from self._pieces(entry)
+
+    def write(self, piece: Piece, out: Array, layout: WeightLayout) -> None:
+        """Convert a piece to its place in `out`, the whole tensor as its entry describes it.
+
+        out: all zero at first, C-contiguous if matrices are packed.
+        """
+        tensor = piece.tensor
+        name = self._source.names(tensor)[piece.part]
+        rows = self._source.rows(name, piece.start, piece.stop)
+        if layout == "panels" and tensor.is_matrix:
+            shared = tensor.shared_panels
+            first = 0 if shared > 1 else _rows_before(tensor, piece.part)
+            target = lanes(out, piece.part if shared > 1 else 0, shared)
+            write_rows(target, first + piece.start, rows, NUMPY_DTYPES[tensor.dtype])
+        else:
+            first = _rows_before(tensor, piece.part)
+            np.copyto(out[first + piece.start : first + piece.stop], rows, casting="unsafe")
+
+    def _pieces(self, entry: TensorEntry) -> Iterator[Piece]:
+        tensor = self._tensors[entry.name]
+        for part, shape in enumerate(tensor.parts):
+            step = max(PANEL, CHUNK_ELEMENTS // math.prod(shape[1:]) // PANEL * PANEL)
             for start in range(0, shape[0], step):
-                stop = min(start + step, shape[0])
-                rows = self._source.rows(source, start, stop)
-                np.copyto(out[first + start : first + stop], rows, casting="unsafe")
-            first += shape[0]
+                yield Piece(entry, tensor, part, start, min(start + step, shape[0]))
 
     def _check(self, tensor: CanonicalTensor) -> None:
         for name, expected in zip(self._source.names(tensor), tensor.parts, strict=True):
@@ -91,3 +120,8 @@ class Checkpoint:
                 raise CheckpointError(
                     name, f"has shape {list(shape)}, but the configuration asks for {list(expected)}"
                 )
+
+
+def _rows_before(tensor: CanonicalTensor, part: int) -> int:
+    """Row of the joined tensor at which `part` begins."""
+    return sum(shape[0] for shape in tensor.parts[:part])

@@ -19,6 +19,9 @@
 
 Everything without a dtype is in the model's dtype. Matrices are `[out, in]`, rows of Q and K in half-split
 rotary order, norm weights the factors themselves (Gemma's `1 + w` is applied).
+
+This is the layout "canonical". In the layout "panels" matrices are packed (`muxserve.engine.packing`; gate and
+up share panels), each on pages of its own, and all else is float32.
 """
 
 from __future__ import annotations
@@ -27,10 +30,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from muxserve.engine.messages import TensorEntry
+from muxserve.engine.messages import TensorEntry, WeightLayout
+from muxserve.engine.packing import packed_shape
 from muxserve.engine.spec import ITEMSIZE, ModelSpec
 
 ALIGNMENT = 64
+MATRIX_ALIGNMENT = 4096
+"""Of packed matrices: a page, so that no two of them share one."""
 Shape = tuple[int, ...]
 
 
@@ -38,7 +44,8 @@ Shape = tuple[int, ...]
 class CanonicalTensor:
     """One tensor of the list above.
 
-    role: the name without its layer. parts: shapes of what it is joined from along axis 0, at least one.
+    role: the name without its layer. dtype: in the canonical layout. parts: shapes of what it is joined from
+    along axis 0, at least one.
     """
 
     role: str
@@ -53,6 +60,20 @@ class CanonicalTensor:
     @property
     def shape(self) -> Shape:
         return (sum(part[0] for part in self.parts), *self.parts[0][1:])
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.parts[0]) == 2
+
+    @property
+    def shared_panels(self) -> int:
+        """Matrices that share panels, if packed."""
+        return 2 if self.role == "gate_up" else 1
+
+    def packed_shape(self) -> Shape:
+        """Shape of this matrix in the layout "panels"."""
+        rows, columns = self.parts[0] if self.shared_panels > 1 else self.shape
+        return packed_shape(rows, columns, ITEMSIZE[self.dtype], self.shared_panels)
 
 
 def canonical_tensors(spec: ModelSpec) -> Iterator[CanonicalTensor]:
@@ -96,15 +117,19 @@ def _layer(spec: ModelSpec, layer: int) -> Iterator[CanonicalTensor]:
         yield tensor("mlp_out_norm", (hidden,))
 
 
-def manifest(spec: ModelSpec) -> tuple[TensorEntry, ...]:
+def manifest(spec: ModelSpec, layout: WeightLayout = "canonical") -> tuple[TensorEntry, ...]:
     """Where each tensor lies in the model's weight memory: follows from the spec alone."""
     entries = []
     offset = 0
     for tensor in canonical_tensors(spec):
-        entries.append(
-            TensorEntry(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, offset=offset),
-        )
-        offset += -(-math.prod(tensor.shape) * ITEMSIZE[tensor.dtype] // ALIGNMENT) * ALIGNMENT
+        dtype, shape, alignment = tensor.dtype, tensor.shape, ALIGNMENT
+        if layout == "panels" and tensor.is_matrix:
+            shape, alignment = tensor.packed_shape(), MATRIX_ALIGNMENT
+        elif layout == "panels":
+            dtype = "float32"
+        offset = -(-offset // alignment) * alignment
+        entries.append(TensorEntry(name=tensor.name, dtype=dtype, shape=shape, offset=offset))
+        offset += math.prod(shape) * ITEMSIZE[dtype]
     return tuple(entries)
 
 
