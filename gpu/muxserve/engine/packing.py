@@ -7,8 +7,8 @@ A matrix W `[N, K]` is P = ceil(N / 32) panels. Panel p holds rows `32 p .. 32 p
 
 Either way a panel is `[words, 32]` words of 32 bits: a word holds one float32, or two neighbours of a row in
 bfloat16 (what a dot-product instruction takes at once). Two matrices of one shape, gate and up, may share
-panels, each with half of the lanes: panel p then holds rows `16 p .. 16 p + 15` of the first, then those of the
-second. numpy only; the itemsize, 2 or 4, says which dtype it is.
+panels, each with half of the lanes: panel p then holds rows `16 p .. 16 p + 15` of one, then those of the
+other. numpy only; the itemsize, 2 or 4, says which dtype it is.
 """
 
 from __future__ import annotations

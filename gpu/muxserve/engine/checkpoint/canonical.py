@@ -20,8 +20,8 @@
 Everything without a dtype is in the model's dtype. Matrices are `[out, in]`, rows of Q and K in half-split
 rotary order, norm weights the factors themselves (Gemma's `1 + w` is applied).
 
-This is the layout "canonical". In the layout "panels" matrices are packed (`muxserve.engine.packing`; gate and
-up share panels), each on pages of its own, and all else is float32.
+This is the layout "canonical". In the layout "panels", matrices are packed (`muxserve.engine.packing`), gate
+and up in shared panels, each on pages of its own, and all else is float32.
 """
 
 from __future__ import annotations
