@@ -12,6 +12,14 @@ from muxserve.common.store import connect
 from tests.support.valkey import ValkeyProcess
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither find nor leave anything in the cache directory of who runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def valkey(tmp_path: Path) -> Iterator[ValkeyProcess]:
     """A running Valkey of this test's own; `kill()` and `start()` again as you like."""

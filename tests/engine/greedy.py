@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from muxserve.engine.checkpoint import Checkpoint
+from muxserve.engine.checkpoint import Checkpoint, fill
 from muxserve.engine.kernels.cpu import CpuKernels
 from muxserve.engine.kernels.interface import KVCache, RaggedBatch
-from muxserve.engine.loader import fill
 from muxserve.engine.models.decoder import Decoder
 from muxserve.engine.spec import KVLayout
 from muxserve.engine.weights import map_tensors, weights_memfd

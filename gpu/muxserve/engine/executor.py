@@ -14,7 +14,8 @@ from collections import deque
 
 import structlog
 
-from muxserve.common.process import configure_logs, die_with_parent
+from muxserve.common.parent import die_with_parent
+from muxserve.common.process import configure_logs
 from muxserve.engine.link import Link, LinkClosed
 from muxserve.engine.messages import (
     AddModel,

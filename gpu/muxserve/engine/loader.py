@@ -1,68 +1,75 @@
 """`python -m muxserve.engine.loader --path P --dtype D --fd N`: fill a weight memfd from a file, and exit.
 
 A process of its own, so that what conversion takes (page cache mappings, scratch memory, seconds of the
-interpreter) never weighs on the worker, and a file that turns bad while it is read harms nobody. Exit 0: the
-memory holds the manifest's tensors. Exit 2: the last line of stderr is a JSON object of `field` and `reason`.
+interpreter) never weighs on the worker, and a file that turns bad while it is read harms nobody.
+
+Exit 0: the memory holds the manifest's tensors. Exit 2: the last line of stderr is a JSON object of `field`
+and `reason`. Other lines, where there is a cache: `{"warning": …}`, and last `{"kept": …}`: whether the
+weights came from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import mmap
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
-import numpy as np
-
-from muxserve.engine.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from muxserve.engine.checkpoint.base import NUMPY_DTYPES, Piece
-from muxserve.engine.messages import WeightLayout
-
-
-def fill(checkpoint: Checkpoint, fd: int, threads: int, layout: WeightLayout = "canonical") -> None:
-    """Write every tensor to its place in the memory behind `fd`, all zero before. Raises CheckpointError."""
-    size = os.fstat(fd).st_size
-    needed = checkpoint.weight_bytes(layout)
-    if size < needed:
-        raise CheckpointError("fd", f"has {size} bytes for weights of {needed}")
-    mapping = mmap.mmap(fd, size)
-
-    def one(piece: Piece) -> None:
-        entry = piece.entry
-        out = np.ndarray(entry.shape, NUMPY_DTYPES[entry.dtype], mapping, entry.offset)
-        checkpoint.write(piece, out, layout)
-
-    # numpy lets go of the interpreter lock in its loops, so a few threads do help.
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(one, checkpoint.pieces(layout)):
-            pass
+from muxserve.engine.weight_cache import Entry, WeightCache
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="muxserve.engine.loader", description=__doc__)
     parser.add_argument("--path", type=Path, required=True, help="model directory or GGUF file")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--layout", default="canonical", choices=get_args(WeightLayout))
-    parser.add_argument("--fd", type=int, required=True, help="the memfd, inherited")
+    parser.add_argument("--layout", default="canonical", choices=("canonical", "panels"))
+    parser.add_argument("--fd", type=int, required=True, help="the memfd, inherited, all zero")
     parser.add_argument("--threads", type=int, default=2, help="threads that convert")
+    parser.add_argument("--cache", type=Path, help="directory in which weights made from GGUF files are kept")
+    parser.add_argument("--cache-limit", type=int, default=2**35, help="bytes of all files of the cache")
     arguments = parser.parse_args(argv)
+    cache = entry = None
+    if arguments.cache is not None and _is_gguf(arguments.path):
+        cache = WeightCache(arguments.cache, arguments.cache_limit, lambda text: _say(warning=text))
+        entry = cache.entry(arguments.path, arguments.dtype, arguments.layout)
+    if cache and entry and cache.load(entry, arguments.fd, arguments.threads):
+        _say(kept=True)
+        return 0
+    return _convert(arguments, cache, entry)
+
+
+def _convert(arguments: argparse.Namespace, cache: WeightCache | None, entry: Entry | None) -> int:
+    # Imported here: it takes longer than to load a small model from the cache.
+    from muxserve.engine.checkpoint import CheckpointError, fill, open_checkpoint
+
     try:
         checkpoint = open_checkpoint(arguments.path, arguments.dtype)
         fill(checkpoint, arguments.fd, arguments.threads, arguments.layout)
     except CheckpointError as error:
-        return _report(error.field, error.reason)
+        _say(field=error.field, reason=error.reason)
+        return 2
     except OSError as error:
-        return _report("path", f"{arguments.path} cannot be loaded: {error}")
+        _say(field="path", reason=f"{arguments.path} cannot be loaded: {error}")
+        return 2
+    if cache and entry:
+        cache.store(entry, arguments.fd, arguments.threads)
+        _say(kept=False)
     return 0
 
 
-def _report(field: str, reason: str) -> int:
-    sys.stderr.write(json.dumps({"field": field, "reason": reason}) + "\n")
-    return 2
+def _is_gguf(path: Path) -> bool:
+    """Directories are not kept: safetensors are mapped, and need no more than packing."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def _say(**line: Any) -> None:
+    sys.stderr.write(json.dumps(line) + "\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

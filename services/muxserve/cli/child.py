@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 
-from muxserve.common.process import die_with_parent
+from muxserve.common.parent import die_with_parent
 
 
 def main() -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
-import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 
 import structlog
 import uvloop
-
-PR_SET_PDEATHSIG = 1
 
 
 def run(main: Callable[[asyncio.Event], Awaitable[None]], name: str, log_level: str = "info") -> None:
@@ -51,15 +47,3 @@ def configure_logs(name: str, level: str = "info") -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     structlog.contextvars.bind_contextvars(service=name)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel send SIGKILL to this process when process `parent`, which started it, ends (Linux).
-
-    Exits at once if `parent` is gone already: the request would then come too late.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        sys.exit("parent is gone")

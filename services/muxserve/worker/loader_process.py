@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from muxserve.common.process import die_with_parent
+from muxserve.common.parent import die_with_parent
 from muxserve.engine import loader
 
 

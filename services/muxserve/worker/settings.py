@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from muxserve.common.settings import Bytes, ServiceSettings
+from muxserve.worker.weights import WeightCacheOptions
+
+
+def _user_cache() -> Path | None:
+    """As the XDG Base Directory Specification has it; None for a user without a home."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    # Relative ones are to be ignored, says the specification.
+    return base / "muxserve" / "weights" if base.is_absolute() else None
 
 
 class WorkerSettings(ServiceSettings):
@@ -22,6 +34,11 @@ class WorkerSettings(ServiceSettings):
     """Sequences of one model that can be open at once."""
     weight_budget: Bytes | None = None
     """Bytes that weights may take in all. Absent: 90% of what is available once the arena is full."""
+    weight_cache: Path | None = Field(default_factory=_user_cache)
+    """Directory in which weights made from GGUF files are kept, so that they are dequantised once. Absent:
+    muxserve/weights in the user's cache directory. Workers may share it."""
+    weight_cache_limit: ByteSize = Field(ByteSize(32 * 2**30), ge=0)
+    """Bytes that it may take; what was not used for longest makes room. 0: nothing is kept."""
     load_timeout: float = Field(1800.0, gt=0)
     """Seconds after which loading a model is given up."""
     executor_timeout: float = Field(120.0, gt=0)
@@ -34,6 +51,13 @@ class WorkerSettings(ServiceSettings):
         if self.arena < self.block_bytes:
             raise ValueError(f"arena: {self.arena} bytes hold no block of {self.block_bytes}")
         return self
+
+    @property
+    def kept_weights(self) -> WeightCacheOptions | None:
+        """Where weights are kept, if they are."""
+        if self.weight_cache is None or not self.weight_cache_limit:
+            return None
+        return WeightCacheOptions(self.weight_cache.expanduser().absolute(), int(self.weight_cache_limit))
 
     @property
     def compute_units(self) -> int:

@@ -28,6 +28,14 @@ _REPORT_EVERY = 5.0
 """Seconds between lines in the log while a model loads."""
 
 
+@dataclass(frozen=True, slots=True)
+class WeightCacheOptions:
+    """Where weights that were dequantised are kept, and how many bytes of them."""
+
+    directory: Path
+    limit: int
+
+
 @dataclass(slots=True)
 class _Entry:
     fd: int
@@ -39,11 +47,14 @@ class _Entry:
 class WeightStore:
     """Memory of weights, by fingerprint. Every `acquire` that returned is undone by one `release`.
 
-    budget: bytes of all weights together.
+    budget: bytes of all weights together. threads: of a loader. timeout: seconds that a load may take.
     """
 
-    def __init__(self, budget: int, threads: int, timeout: float) -> None:
+    def __init__(
+        self, budget: int, threads: int, timeout: float, cache: WeightCacheOptions | None = None
+    ) -> None:
         self.budget = budget
+        self._cache = cache
         self._threads = threads
         self._timeout = timeout
         self._entries: dict[tuple[object, ...], _Entry] = {}
@@ -124,6 +135,8 @@ class WeightStore:
         started = loop.time()
         arguments = ["--parent", f"{os.getpid()}", "--path", path, "--dtype", weights.spec.dtype]
         arguments += ["--layout", weights.layout, "--fd", f"{fd}", "--threads", f"{self._threads}"]
+        if self._cache is not None:
+            arguments += ["--cache", f"{self._cache.directory}", "--cache-limit", f"{self._cache.limit}"]
         errors = os.memfd_create("muxserve-loader-errors", os.MFD_CLOEXEC)
         try:
             child = Child("muxserve.worker.loader_process", arguments, pass_fds=[fd], stderr=errors)
@@ -135,13 +148,17 @@ class WeightStore:
                 return f"{min(1.0, os.fstat(fd).st_blocks * 512 / weights.bytes):.0%}"
 
             code = await self._wait(child, model, progress)
-            if code != 0:
-                raise _load_error(
-                    code, os.pread(errors, 1 << 16, max(0, os.fstat(errors).st_size - (1 << 16)))
-                )
+            said = os.pread(errors, 1 << 16, max(0, os.fstat(errors).st_size - (1 << 16)))
         finally:
             os.close(errors)
-        log.info("weights loaded", model=model, seconds=round(loop.time() - started, 2))
+        lines = said.decode(errors="replace").strip().splitlines()
+        if code != 0:
+            raise _load_error(code, lines)
+        reports = [report for line in lines if (report := _report(line))]
+        for warning in (report["warning"] for report in reports if "warning" in report):
+            log.warning("weight cache", model=model, reason=warning)
+        kept = any(report.get("kept") for report in reports)
+        log.info("weights loaded", model=model, seconds=round(loop.time() - started, 2), from_cache=kept)
 
     async def _wait(self, child: Child, model: str, progress: Callable[[], str]) -> int:
         loop = asyncio.get_running_loop()
@@ -158,11 +175,19 @@ class WeightStore:
             await child.end(grace=0.0)
 
 
-def _load_error(code: int, stderr: bytes) -> Exception:
-    lines = stderr.decode(errors="replace").strip().splitlines()
+def _report(line: str) -> dict[str, object]:
+    """What a line of the loader says; empty if it is not one of its own."""
+    with suppress(ValueError):
+        report = json.loads(line)
+        if isinstance(report, dict):
+            return report
+    return {}
+
+
+def _load_error(code: int, lines: list[str]) -> Exception:
     if code == 2 and lines:
-        with suppress(ValueError, KeyError, TypeError):
-            found = json.loads(lines[-1])
+        found = _report(lines[-1])
+        if "field" in found and "reason" in found:
             return _invalid(str(found["field"]), str(found["reason"]))
     log.error("loader failed", code=code, stderr="\n".join(lines[-20:]))
     return Internal(f"the loader ended with code {code}: {lines[-1] if lines else 'it said nothing'}")

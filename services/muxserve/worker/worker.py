@@ -51,7 +51,10 @@ class Worker:
         )
         self.lanes = Lanes(options, self.pool, self._changed)
         self.weights = WeightStore(
-            int(settings.weight_budget or 0), threads=settings.compute_units, timeout=settings.load_timeout
+            int(settings.weight_budget or 0),
+            threads=settings.compute_units,
+            timeout=settings.load_timeout,
+            cache=settings.kept_weights,
         )
         self.models = ModelTable(
             self.pool,

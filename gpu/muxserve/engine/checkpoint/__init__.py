@@ -7,11 +7,12 @@ from typing import get_args
 
 from muxserve.engine.checkpoint.base import Checkpoint
 from muxserve.engine.checkpoint.errors import CheckpointError
+from muxserve.engine.checkpoint.filling import fill
 from muxserve.engine.checkpoint.gguf_model import open_gguf
 from muxserve.engine.checkpoint.huggingface import open_directory
 from muxserve.engine.checkpoint.types import RequestedDType
 
-__all__ = ["Checkpoint", "CheckpointError", "RequestedDType", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "RequestedDType", "fill", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path, dtype: RequestedDType = "auto") -> Checkpoint:
