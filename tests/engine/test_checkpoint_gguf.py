@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from muxserve.engine.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -88,6 +88,24 @@ def test_dequantised_rows_are_those_of_the_gguf_package(kind: str) -> None:
     stored = quantize(values, kind_of)
     rows = np.ascontiguousarray(stored).view(np.uint8).reshape(7, -1)
     np.testing.assert_array_equal(to_float(rows, kind_of).astype(np.float32), dequantize(stored, kind_of))
+
+
+@pytest.mark.parametrize(
+    ("kind", "halves"),
+    [("Q5_0", (0,)), ("Q5_1", (0, 2)), ("Q4_K", (0, 2)), ("Q5_K", (0, 2)), ("Q6_K", (208,))],
+)
+def test_blocks_of_any_bits_are_dequantised_as_by_the_gguf_package(
+    kind: str, halves: tuple[int, ...]
+) -> None:
+    """halves: where a block has its float16 numbers, which are to be finite."""
+    kind_of = GGMLQuantizationType[kind]
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (6 * 5, GGML_QUANT_SIZES[kind_of][1]), np.uint8)
+    for start in halves:
+        scales = random.standard_normal((len(blocks), 1)).astype(np.float16)
+        blocks[:, start : start + 2] = scales.view(np.uint8)
+    rows = blocks.reshape(6, -1)
+    np.testing.assert_array_equal(to_float(rows, kind_of), dequantize(rows, kind_of))
 
 
 def test_end_of_turn_of_the_chat_template_is_an_end_of_text(tmp_path: Path) -> None:

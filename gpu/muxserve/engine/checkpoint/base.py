@@ -44,13 +44,18 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows `[start, stop)` of part `part` of a tensor: what is converted at a time, by whichever thread."""
+    """Rows, or panels if it is packed, `[start, stop)` of a tensor: one stretch of memory."""
 
     entry: TensorEntry
-    tensor: CanonicalTensor
-    part: int
+    layout: WeightLayout
     start: int
     stop: int
+
+    @property
+    def offset(self) -> int:
+        """Byte at which the piece lies in the model's weight memory."""
+        row = math.prod(self.entry.shape[1:]) * NUMPY_DTYPES[self.entry.dtype].itemsize
+        return self.entry.offset + self.start * row
 
 
 class Checkpoint:
@@ -77,39 +82,40 @@ class Checkpoint:
     def tensors(self, layout: WeightLayout = "canonical") -> Iterator[tuple[str, Array]]:
         """Every tensor in manifest order, each converted when it is asked for."""
         for entry in self.manifest(layout):
-            out = np.zeros(entry.shape, NUMPY_DTYPES[entry.dtype])
-            for piece in self._pieces(entry):
-                self.write(piece, out, layout)
-            yield entry.name, out
+            yield entry.name, np.concatenate([self.read(piece) for piece in _cut(entry, layout)])
 
     def pieces(self, layout: WeightLayout) -> Iterator[Piece]:
-        """What `write` has to be called with, once each, in any order and by any threads."""
+        """All that there is to `read`, in the order of memory."""
         for entry in self.manifest(layout):
-            yield from self._pieces(entry)
+            yield from _cut(entry, layout)
 
-    def write(self, piece: Piece, out: Array, layout: WeightLayout) -> None:
-        """Convert a piece to its place in `out`, the whole tensor as its entry describes it.
-
-        out: all zero at first, C-contiguous if matrices are packed.
-        """
-        tensor = piece.tensor
-        name = self._source.names(tensor)[piece.part]
-        rows = self._source.rows(name, piece.start, piece.stop)
-        if layout == "panels" and tensor.is_matrix:
-            shared = tensor.shared_panels
-            first = 0 if shared > 1 else _rows_before(tensor, piece.part)
-            target = lanes(out, piece.part if shared > 1 else 0, shared)
-            write_rows(target, first + piece.start, rows, NUMPY_DTYPES[tensor.dtype])
+    def read(self, piece: Piece) -> Array:
+        """Convert a piece: `[stop - start, …]` as its entry says, C-contiguous. Threads may do so at once."""
+        entry, tensor = piece.entry, self._tensors[piece.entry.name]
+        dtype = NUMPY_DTYPES[entry.dtype]
+        out = np.zeros((piece.stop - piece.start, *entry.shape[1:]), dtype)
+        if piece.layout == "canonical" or not tensor.is_matrix:
+            for at, rows in self._rows(tensor, piece.start, piece.stop):
+                np.copyto(out[at : at + len(rows)], rows, casting="unsafe")
+        elif tensor.shared_panels == 1:
+            for at, rows in self._rows(tensor, piece.start * PANEL, piece.stop * PANEL):
+                write_rows(lanes(out), at, rows, dtype)
         else:
-            first = _rows_before(tensor, piece.part)
-            np.copyto(out[first + piece.start : first + piece.stop], rows, casting="unsafe")
+            width = PANEL // tensor.shared_panels
+            for part, (count, _) in enumerate(tensor.parts):
+                name = self._source.names(tensor)[part]
+                rows = self._source.rows(name, piece.start * width, min(piece.stop * width, count))
+                write_rows(lanes(out, part, tensor.shared_panels), 0, rows, dtype)
+        return out
 
-    def _pieces(self, entry: TensorEntry) -> Iterator[Piece]:
-        tensor = self._tensors[entry.name]
-        for part, shape in enumerate(tensor.parts):
-            step = max(PANEL, CHUNK_ELEMENTS // math.prod(shape[1:]) // PANEL * PANEL)
-            for start in range(0, shape[0], step):
-                yield Piece(entry, tensor, part, start, min(start + step, shape[0]))
+    def _rows(self, tensor: CanonicalTensor, start: int, stop: int) -> Iterator[tuple[int, Array]]:
+        """Rows `[start, stop)` of the joined tensor, part by part, each with its distance from `start`."""
+        first = 0
+        for name, (count, *_) in zip(self._source.names(tensor), tensor.parts, strict=True):
+            begin, end = max(start, first), min(stop, first + count)
+            if begin < end:
+                yield begin - start, self._source.rows(name, begin - first, end - first)
+            first += count
 
     def _check(self, tensor: CanonicalTensor) -> None:
         for name, expected in zip(self._source.names(tensor), tensor.parts, strict=True):
@@ -122,6 +128,7 @@ class Checkpoint:
                 )
 
 
-def _rows_before(tensor: CanonicalTensor, part: int) -> int:
-    """Row of the joined tensor at which `part` begins."""
-    return sum(shape[0] for shape in tensor.parts[:part])
+def _cut(entry: TensorEntry, layout: WeightLayout) -> Iterator[Piece]:
+    step = max(1, CHUNK_ELEMENTS // math.prod(entry.shape[1:]))
+    for start in range(0, entry.shape[0], step):
+        yield Piece(entry, layout, start, min(start + step, entry.shape[0]))
