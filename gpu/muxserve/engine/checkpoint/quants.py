@@ -137,8 +137,8 @@ def _q5_1(blocks: Bytes) -> Floats:
 
 
 def _scaled(blocks: Bytes, numbers: Words) -> Floats:
-    """Q4_K, Q5_K: eight scales and minima for `numbers`, six bits each in bytes 4 to 16, behind a float16 that
-    multiplies the scales and one that multiplies the minima."""
+    """Q4_K, Q5_K: eight scales and minima for `numbers`, six bits each in bytes 4 to 16, behind a float16
+    that multiplies the scales and one that multiplies the minima."""
     first, second, both = (blocks[:, start : start + 4] for start in (4, 8, 12))
     scales = np.hstack([first & 63, (both & 15) | ((first >> 2) & 48)])
     minima = np.hstack([second & 63, (both >> 4) | ((second >> 2) & 48)])

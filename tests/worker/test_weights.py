@@ -1,0 +1,80 @@
+"""`WeightStore`: weights made once and found again, by the next worker too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType
+from structlog.testing import capture_logs
+
+from muxserve.engine.messages import WeightLayout
+from muxserve.worker import weights
+from muxserve.worker.settings import WorkerSettings
+from muxserve.worker.weights import WeightCacheOptions, WeightStore
+from tests.engine.gguf_factory import write_gguf
+from tests.engine.model_factory import make_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+LIMIT = 2**30
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    return write_gguf(
+        make_model("llama", tmp_path / "hf"), tmp_path / "a.gguf", kind=GGMLQuantizationType.Q8_0
+    )
+
+
+async def load(path: Path, options: WeightCacheOptions | None) -> tuple[bytes, bool, list[str]]:
+    """What another worker has in memory, whether it came from the cache, and what it warns of."""
+    store = WeightStore(LIMIT, threads=1, timeout=60.0, cache=options)
+    with capture_logs() as logs:
+        found = await store.inspect(str(path), "auto")
+        fd = await store.acquire("model", str(path), found)
+        content = os.pread(fd, found.bytes + 1, 0)
+        await store.release(found)
+    assert store.used == 0
+    [loaded] = [entry for entry in logs if entry["event"] == "weights loaded"]
+    return (
+        content,
+        loaded["from_cache"],
+        [entry["reason"] for entry in logs if entry["log_level"] == "warning"],
+    )
+
+
+@pytest.mark.parametrize("layout", ["canonical", "panels"])
+async def test_the_next_worker_finds_what_this_one_made(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: WeightLayout
+) -> None:
+    monkeypatch.setattr(weights, "WEIGHT_LAYOUT", layout)
+    options = WeightCacheOptions(tmp_path / "cache", LIMIT)
+    first, *first_time = await load(gguf, options)
+    second, *second_time = await load(gguf, options)
+    assert (first_time, second_time) == ([False, []], [True, []])
+    assert first == second == (await load(gguf, None))[0]
+
+
+async def test_a_model_loads_without_a_cache_too(gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    options = WeightCacheOptions(tmp_path / "file" / "cache", LIMIT)
+    for _ in range(2):
+        _, from_cache, [warning] = await load(gguf, options)
+        assert not from_cache
+        assert str(options.directory) in warning
+
+
+async def test_where_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = WorkerSettings(id="w").kept_weights
+    assert kept is not None and kept.directory == tmp_path / "muxserve" / "weights"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    kept = WorkerSettings(id="w").kept_weights
+    assert kept is not None and kept.directory == tmp_path / "home" / ".cache" / "muxserve" / "weights"
+    kept = WorkerSettings(id="w", weight_cache=tmp_path, weight_cache_limit="5GB").kept_weights
+    assert kept == WeightCacheOptions(tmp_path, 5 * 10**9)
+    assert WorkerSettings(id="w", weight_cache_limit=0).kept_weights is None
+    assert WorkerSettings(id="w", weight_cache=None).kept_weights is None
