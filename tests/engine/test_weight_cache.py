@@ -235,13 +235,18 @@ def test_a_full_disk_is_a_warning_and_leaves_nothing(
 def test_some_of_the_disk_stays_free(
     cache: WeightCache, model: Path, memory: Memory, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # 100,000 blocks of 4096 bytes, and less than a tenth of them are free.
+    disk = [4096, 4096, 100_000, 0, 9_999, 0, 0, 0, 0, 255]
     kept = keep(cache, model, memory(WEIGHTS))
-    monkeypatch.setattr(weight_cache, "_RESERVE", 1.0)
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(disk))
     entry = cache.entry(model, "float32", "panels")
     assert entry is not None
     assert not cache.store(entry, memory(WEIGHTS), 2)
-    assert "would stay free" in warnings[0]
-    assert not kept.exists()  # it was asked to make room first
+    assert "10% of the disk" in warnings[0]
+    assert kept.exists()  # to remove it would not have been enough
+    disk[4] += 2
+    assert cache.store(entry, memory(WEIGHTS), 2)
+    assert not kept.exists()
 
 
 def test_leftovers_of_a_dead_writer_are_removed_and_those_of_a_live_one_are_not(

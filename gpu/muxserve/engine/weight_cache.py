@@ -148,30 +148,29 @@ class WeightCache:
     def _make_room(self, size: int, entry: Entry) -> None:
         """Remove leftovers, then what was not used for longest, until `size` bytes more are allowed.
 
-        Raises OSError if they never are.
+        Raises OSError, and removes no weights, if they never are.
         """
-        if size > self._limit:
-            raise OSError(f"they take {size} bytes, the cache is limited to {self._limit}")
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for partial in self._directory.glob(f"*{_PARTIAL}"):
             _remove_leftover(partial)
         kept = sorted(_uses(self._directory.glob(f"*{_WEIGHTS}")))
         total = sum(use.size for use in kept)
-        while kept and (total + size > self._limit or not self._fits(size)):
+        disk = os.statvfs(self._directory)
+        room = total + int(disk.f_frsize * (disk.f_bavail - _RESERVE * disk.f_blocks))
+        if size > min(room, self._limit):
+            raise OSError(
+                f"they take {size} bytes; the cache is limited to {self._limit}, and to {max(room, 0)} by "
+                f"the {_RESERVE:.0%} of the disk that stay free"
+            )
+        while total + size > min(room, self._limit):
             oldest = kept.pop(0)
             oldest.path.unlink(missing_ok=True)
             total -= oldest.size
-        if not self._fits(size):
-            raise OSError(f"less than {_RESERVE:.0%} of the file system would stay free")
         digests = {entry.digest, *(use.path.name.split("-")[0] for use in kept)}
         for note in self._directory.glob(f"*{_DIGEST}"):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 if json.loads(note.read_bytes())["digest"] not in digests:
                     note.unlink()
-
-    def _fits(self, size: int) -> bool:
-        found = os.statvfs(self._directory)
-        return found.f_bavail * found.f_frsize - size >= _RESERVE * found.f_blocks * found.f_frsize
 
 
 @dataclass(frozen=True, slots=True, order=True)
