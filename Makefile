@@ -10,6 +10,7 @@ help: ## Show this
 
 setup: ## Make .venv with all that the demo, the services and development need
 	@scripts/setup.sh
+	@$(BIN)/python scripts/build_native.py
 
 demo: setup ## Start everything, let two models answer at once, stop everything
 	$(BIN)/python -m muxserve.cli.demo

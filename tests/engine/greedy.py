@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from muxserve.engine.checkpoint import Checkpoint, fill
-from muxserve.engine.kernels.cpu import CpuKernels
 from muxserve.engine.kernels.interface import KVCache, RaggedBatch
+from muxserve.engine.kernels.reference import ReferenceKernels
 from muxserve.engine.models.decoder import Decoder
 from muxserve.engine.spec import KVLayout
 from muxserve.engine.weights import map_tensors, weights_memfd
+from tests.engine.cpu import CpuEngine
 
 Tokens = list[int]
 
@@ -29,7 +30,7 @@ def load_decoder(checkpoint: Checkpoint) -> Decoder:
         weights = map_tensors(fd, checkpoint.manifest())
     finally:
         os.close(fd)
-    return Decoder(checkpoint.spec, weights, CpuKernels())
+    return Decoder(checkpoint.spec, weights, ReferenceKernels())
 
 
 def make_cache(checkpoint: Checkpoint, slots: int, context: int, block_bytes: int) -> KVCache:
@@ -68,39 +69,9 @@ def our_greedy(
     checkpoint: Checkpoint, prompts: Sequence[Tokens], new: int, *, chunk: int, block_bytes: int = 4096
 ) -> list[Tokens]:
     """`new` tokens of each prompt: prefill of all prompts together in chunks, then decode of all together."""
-    decoder = load_decoder(checkpoint)
     context = max(map(len, prompts)) + new
-    cache = make_cache(checkpoint, len(prompts), context, block_bytes)
-    slots = list(range(len(prompts)))[::-1]
-    texts = [list(prompt) for prompt in prompts]
-    first: dict[int, int] = {}
-    for start in range(0, max(map(len, prompts)), chunk):
-        rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
-        ends = [min(start + chunk, len(prompts[row])) for row in rows]
-        batch = ragged([slots[row] for row in rows], [start] * len(rows), ends)
-        tokens = torch.tensor(
-            [token for row, end in zip(rows, ends, strict=True) for token in prompts[row][start:end]]
-        )
-        hidden = decoder.forward(tokens, batch, cache)
-        chosen = _argmax(decoder, hidden[batch.query_starts[1:] - 1])
-        first |= {
-            row: token for row, end, token in zip(rows, ends, chosen, strict=True) if end == len(prompts[row])
-        }
-    for row, text in enumerate(texts):
-        text.append(first[row])
-    for _ in range(new - 1):
-        lengths = [len(text) for text in texts]
-        batch = ragged(slots, [length - 1 for length in lengths], lengths)
-        hidden = decoder.forward(torch.tensor([text[-1] for text in texts]), batch, cache)
-        for text, token in zip(texts, _argmax(decoder, hidden), strict=True):
-            text.append(token)
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
-
-
-def _argmax(decoder: Decoder, hidden: Tensor) -> Tokens:
-    logits = decoder.logits(hidden)
-    assert logits.dtype == torch.float32
-    return [int(token) for token in logits.argmax(-1)]
+    with CpuEngine(checkpoint, slots=len(prompts), context=context, block_bytes=block_bytes) as engine:
+        return engine.generate(prompts, new, chunk=chunk)
 
 
 def load_reference(path: Path, gguf_file: str | None = None) -> PreTrainedModel:

@@ -7,29 +7,30 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from muxserve.engine.shares import GREEN_CONTEXTS_DRIVER, NoPartition, Partition, ThreadsPartition, detect
-
-
-def test_a_share_is_the_nearest_number_of_threads_and_never_none() -> None:
-    partition: Partition = ThreadsPartition(lambda n: None)
-    assert [partition.threads(share, 8) for share in (1.0, 0.5, 0.3, 0.01)] == [8, 4, 2, 1]
-    assert partition.threads(0.5, 1) == 1
+from muxserve.engine.shares import GREEN_CONTEXTS_DRIVER, detect, split_cores
 
 
-@pytest.mark.parametrize(("share", "cores"), [(0.0, 4), (-0.5, 4), (1.01, 4), (float("nan"), 4), (0.5, 0)])
-def test_a_share_outside_its_range_is_refused(share: float, cores: int) -> None:
-    for partition in (ThreadsPartition(lambda n: None), NoPartition()):
-        with pytest.raises(ValueError, match=r"share|cores"):
-            partition.threads(share, cores)
+def test_a_lone_job_has_all_cores_and_two_have_them_by_their_shares() -> None:
+    assert split_cores(8, 0.0, 0.0) == (0, 0)
+    assert split_cores(8, 0.3, 0.0) == (8, 0)
+    assert split_cores(8, 0.0, 0.3) == (0, 8)
+    assert split_cores(8, 0.5, 0.5) == (4, 4)
+    assert split_cores(8, 0.25, 0.75) == (2, 6)
+    assert split_cores(2, 0.5, 1.0) == (1, 1)
 
 
-def test_threads_are_set_only_when_they_change() -> None:
-    calls: list[int] = []
-    partition = ThreadsPartition(calls.append)
-    for threads in (2, 2, 4, 4, 2):
-        partition.apply(threads)
-    assert calls == [2, 4, 2]
+@given(cores=st.integers(2, 256), prefill=st.floats(0.01, 1), decode=st.floats(0.01, 1))
+def test_two_jobs_share_every_core_and_none_goes_without(cores: int, prefill: float, decode: float) -> None:
+    threads = split_cores(cores, prefill, decode)
+    assert min(threads) >= 1
+    assert sum(threads) == cores
+
+
+def test_one_core_is_one_thread_each() -> None:
+    assert split_cores(1, 0.5, 0.5) == (1, 1)
 
 
 def test_a_cpu_has_threads_and_a_gpu_says_what_is_there_but_not_used(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """The executor process: `python -m muxserve.engine.executor --fd N --kind prefill|decode --parent PID`.
 
 One process per kind runs the jobs of every model of the unit. It owns nothing: the arena, weights and tables
-are mapped from descriptors that the worker sends, so its death loses at most the job that runs.
+are mapped from descriptors that the worker sends, so its death loses at most the job that runs. Jobs run on
+threads of the engine's; this one sends their steps to the worker and takes its commands meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import select
 import socket
 import time
 from collections import deque
@@ -16,6 +18,8 @@ import structlog
 
 from muxserve.common.parent import die_with_parent
 from muxserve.common.process import configure_logs
+from muxserve.engine.cpu.jobs import NativeJob
+from muxserve.engine.cpu.runner import CpuRunner
 from muxserve.engine.link import Link, LinkClosed
 from muxserve.engine.messages import (
     AddModel,
@@ -30,43 +34,83 @@ from muxserve.engine.messages import (
     Ready,
     RemoveModel,
     Shutdown,
+    UseThreads,
 )
-from muxserve.engine.runner import Runner
 
 log = structlog.get_logger(__name__)
 
 
 class Executor:
-    """Takes commands in order. While a decode job runs it looks for newer ones between steps: its EndLease
-    and Shutdown end it, the others wait for its end."""
+    """Takes commands in order, but for EndLease, UseThreads and Shutdown, which reach the job that runs at
+    once."""
 
-    def __init__(self, link: Link[Command], runner: Runner) -> None:
+    def __init__(self, link: Link[Command], runner: CpuRunner) -> None:
         self._link = link
         self._runner = runner
         self._waiting: deque[tuple[Command, list[int]]] = deque()
+        self._job: NativeJob | None = None
+        self._shut_down = False
 
     def run(self) -> None:
         """Serve until Shutdown. Raises LinkClosed when the worker is gone."""
-        while True:
-            command, descriptors = self._waiting.popleft() if self._waiting else self._link.receive()
-            match command:
-                case AttachArena():
-                    self._attach(command, descriptors)
-                case AddModel():
-                    self._add(command, descriptors)
-                case RemoveModel():
-                    self._runner.remove(command.model)
-                    self._link.send(ModelRemoved(command.model))
-                case PrefillJob() | DecodeJob():
-                    self._run_job(command)
-                case EndLease():
-                    pass  # of a job that has ended by itself
-                case Shutdown():
-                    return
+        poller = select.poll()
+        poller.register(self._link, select.POLLIN)
+        poller.register(self._runner, select.POLLIN)
+        while not self._shut_down:
+            for ready, _ in poller.poll():
+                if ready == self._link.fileno():
+                    self._receive()
+                else:
+                    self._report()
+            while self._job is None and self._waiting:
+                self._handle(*self._waiting.popleft())
 
-    def _attach(self, command: AttachArena, descriptors: list[int]) -> None:
-        self._runner.attach(command, descriptors[0])
-        self._link.send(Ready(os.getpid(), self._runner.device, self._runner.partition))
+    def _receive(self) -> None:
+        while (received := self._link.try_receive()) is not None:
+            match received[0]:
+                case EndLease(job=number):
+                    if (job := self._running(number)) is not None:
+                        job.stop()
+                case UseThreads(job=number, threads=threads):
+                    if (job := self._running(number)) is not None:
+                        job.use_threads(threads)
+                case Shutdown():
+                    self._shut_down = True
+                case _:
+                    self._waiting.append(received)
+
+    def _running(self, number: int) -> NativeJob | None:
+        """The job of that number, if it has not ended by itself."""
+        return self._job if self._job is not None and self._job.number == number else None
+
+    def _report(self) -> None:
+        self._runner.acknowledge()
+        if (job := self._job) is None:
+            return
+        ended = job.ended  # asked before its steps are collected: none comes after
+        for step in job.collect():
+            self._link.send(step)
+        if not ended:
+            return
+        self._job = None
+        error = ""
+        if job.error is not None:
+            log.error("job failed", job=job.number, model=job.model, error=str(job.error))
+            error = _describe(job.error)
+        self._link.send(JobDone(job.number, job.steps, job.seconds, error))
+
+    def _handle(self, command: Command, descriptors: list[int]) -> None:
+        match command:
+            case AttachArena():
+                self._runner.attach(command, descriptors[0])
+                self._link.send(Ready(os.getpid(), self._runner.device, self._runner.partition))
+            case AddModel():
+                self._add(command, descriptors)
+            case RemoveModel():
+                self._runner.remove(command.model)
+                self._link.send(ModelRemoved(command.model))
+            case PrefillJob() | DecodeJob():
+                self._start(command)
 
     def _add(self, command: AddModel, descriptors: list[int]) -> None:
         started = time.perf_counter()
@@ -79,40 +123,12 @@ class Executor:
             log.info("model added", model=command.model, seconds=round(time.perf_counter() - started, 3))
             self._link.send(ModelAdded(command.model))
 
-    def _run_job(self, job: PrefillJob | DecodeJob) -> None:
-        started = time.perf_counter()
-        steps, error = 0, ""
+    def _start(self, message: PrefillJob | DecodeJob) -> None:
         try:
-            if isinstance(job, PrefillJob):
-                if (step := self._runner.prefill(job)) is not None:
-                    self._link.send(step)
-                steps = 1
-            else:
-                for step in self._runner.decode(job):
-                    self._link.send(step)
-                    steps += 1
-                    if self._asked_to_end(job.job):
-                        break
-        except LinkClosed:
-            raise
-        except Exception as failure:  # this job's own; the executor and its neighbours live on
-            log.exception("job failed", job=job.job, model=job.model)
-            error = _describe(failure)
-        self._link.send(JobDone(job.job, steps, time.perf_counter() - started, error))
-
-    def _asked_to_end(self, job: int) -> bool:
-        """Look for commands; true if the lease of `job` is to end now."""
-        end = False
-        while (received := self._link.try_receive()) is not None:
-            match received[0]:
-                case EndLease():
-                    end |= received[0].job == job
-                case Shutdown():
-                    end = True
-                    self._waiting.append(received)
-                case _:
-                    self._waiting.append(received)
-        return end
+            self._job = self._runner.start(message)
+        except Exception as error:  # this job's own; the executor and its neighbours live on
+            log.exception("job refused", job=message.job, model=message.model)
+            self._link.send(JobDone(message.job, 0, 0.0, _describe(error)))
 
 
 def _describe(error: Exception) -> str:
@@ -132,7 +148,7 @@ def main() -> None:
     configure_logs(f"executor-{options.kind}", options.log_level)
     link: Link[Command] = Link(socket.socket(fileno=options.fd), Command)
     try:
-        Executor(link, Runner(options.cores)).run()
+        Executor(link, CpuRunner(options.cores)).run()
     except LinkClosed:
         log.warning("the worker is gone")
     # Interpreter shutdown would wait for threads and free memory piece by piece; the kernel just does it.

@@ -91,7 +91,8 @@ class PrefillJob(msgspec.Struct, frozen=True, tag=True):
     job: int
     model: str
     chunks: tuple[PrefillChunk, ...]
-    threads: int
+    threads: int = 1
+    """To begin with; UseThreads changes it."""
 
 
 class DecodeRow(msgspec.Struct, frozen=True):
@@ -110,7 +111,7 @@ class DecodeJob(msgspec.Struct, frozen=True, tag=True):
     model: str
     rows: tuple[DecodeRow, ...]
     steps: int
-    threads: int
+    threads: int = 1
 
 
 class EndLease(msgspec.Struct, frozen=True, tag=True):
@@ -119,11 +120,18 @@ class EndLease(msgspec.Struct, frozen=True, tag=True):
     job: int
 
 
+class UseThreads(msgspec.Struct, frozen=True, tag=True):
+    """Compute that job with so many threads from its next step (decode) or layer (prefill) on."""
+
+    job: int
+    threads: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-Command = AttachArena | AddModel | RemoveModel | PrefillJob | DecodeJob | EndLease | Shutdown
+Command = AttachArena | AddModel | RemoveModel | PrefillJob | DecodeJob | EndLease | UseThreads | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 PartitionName = Literal["threads", "none", "green_contexts", "mps"]
 GREEN_CONTEXTS_DRIVER = 12040
@@ -14,61 +13,15 @@ MPS_PIPES = Path("/tmp/nvidia-mps")
 """Where the MPS control daemon listens unless CUDA_MPS_PIPE_DIRECTORY says otherwise."""
 
 
-class Partition(Protocol):
-    """A way to give a job its compute share. The worker asks for `threads` when it makes a job, the executor
-    calls `apply` with that number before it runs the job."""
+def split_cores(cores: int, prefill: float, decode: float) -> tuple[int, int]:
+    """Threads of a prefill job and of a decode job with these compute shares, 0 = no such job runs.
 
-    @property
-    def name(self) -> PartitionName:
-        """As in `Ready.partition` and WorkerInfo."""
-
-    def threads(self, share: float, cores: int) -> int:
-        """Host threads for a job with `share` in (0, 1] of `cores`. Raises ValueError outside of it."""
-
-    def apply(self, threads: int) -> None:
-        """Bound what this process's next job computes with."""
-
-
-class ThreadsPartition:
-    """CPU: a share is a number of threads. `set_threads` is torch.set_num_threads or its like; it is called
-    when the number changes only, as a thread pool may be torn down for it."""
-
-    name: PartitionName = "threads"
-
-    def __init__(self, set_threads: Callable[[int], object]) -> None:
-        self._set_threads = set_threads
-        self._current = 0
-
-    def threads(self, share: float, cores: int) -> int:
-        return share_of_cores(share, cores)
-
-    def apply(self, threads: int) -> None:
-        if threads != self._current:
-            self._set_threads(threads)
-            self._current = threads
-
-
-class NoPartition:
-    """A GPU whose jobs run beside each other as the hardware interleaves them; shares steer nothing but the
-    policy's arithmetic. One host thread feeds the device."""
-
-    name: PartitionName = "none"
-
-    def threads(self, share: float, cores: int) -> int:
-        share_of_cores(share, cores)
-        return 1
-
-    def apply(self, threads: int) -> None:
-        pass
-
-
-def share_of_cores(share: float, cores: int) -> int:
-    """At least one core, and no more than the share of them rounded to the nearest."""
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"share: {share} is not in (0, 1]")
-    if cores < 1:
-        raise ValueError(f"cores: {cores} is not positive")
-    return max(1, round(share * cores))
+    A lone job has all cores. Two jobs have them in proportion to their shares, and at least one each.
+    """
+    if not prefill or not decode:
+        return (cores if prefill else 0, cores if decode else 0)
+    threads = max(1, min(cores - 1, round(cores * prefill / (prefill + decode))))
+    return threads, max(1, cores - threads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,15 +26,13 @@ from muxserve.engine.messages import (
     Report,
     Shutdown,
     Step,
+    UseThreads,
 )
 from muxserve.worker.child import Child
 
 log = structlog.get_logger(__name__)
 
 _MODULE = "muxserve.engine.executor"
-_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""OpenMP threads that wait must sleep. While they spin they take cores from the other executor: with more
-threads than free cores, jobs were seen to take 10 to 30 times as long."""
 _STABLE = 10.0
 """Seconds after which a restarted executor counts as healthy again."""
 _LONGEST_PAUSE = 5.0
@@ -136,6 +134,10 @@ class ExecutorProcess:
         """End that decode job after the step that runs."""
         self._send(EndLease(job))
 
+    def use_threads(self, job: int, threads: int) -> None:
+        """Compute that job with so many threads from its next step on."""
+        self._send(UseThreads(job, threads))
+
     async def _supervise(self) -> None:
         pause = 0.0
         while True:
@@ -171,7 +173,7 @@ class ExecutorProcess:
         arguments = ["--fd", f"{theirs.fileno()}", "--kind", self.kind, "--cores", f"{self._options.cores}"]
         arguments += ["--parent", f"{os.getpid()}", "--log-level", self._options.log_level]
         with theirs:
-            child = Child(_MODULE, arguments, pass_fds=[theirs.fileno()], environment=_THREADS)
+            child = Child(_MODULE, arguments, pass_fds=[theirs.fileno()])
         self._link = Link(ours, Report)
         self._becoming = self._loop.create_future()
         dead: asyncio.Future[None] = self._loop.create_future()

@@ -22,7 +22,7 @@ class Plan:
     """What a scheduler should not have asked for."""
 
 
-def plan(order: Order, job: int, threads: int, book: SequenceBook) -> Plan:
+def plan(order: Order, job: int, book: SequenceBook) -> Plan:
     """Seat the order's sequences and reserve their blocks; `job` is the engine's number for it."""
     made = Plan()
     if not book.serves(order.model):
@@ -31,11 +31,11 @@ def plan(order: Order, job: int, threads: int, book: SequenceBook) -> Plan:
     if isinstance(order, PrefillOrder):
         taken = (_chunk(chunk, order.model, book, made) for chunk in order.chunks)
         if chunks := tuple(chunk for chunk in taken if chunk is not None):
-            made.message = PrefillJob(job, order.model, chunks, threads)
+            made.message = PrefillJob(job, order.model, chunks)
     else:
         each = (_row(number, order, book, made) for number in order.sequences)
         if rows := tuple(row for row in each if row is not None):
-            made.message = DecodeJob(job, order.model, rows, order.steps, threads)
+            made.message = DecodeJob(job, order.model, rows, order.steps)
     return made
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import structlog
 
 from muxserve.engine.messages import UNFINISHED, JobDone, PrefillJob, Step
 from muxserve.engine.pool import BlockPool
-from muxserve.engine.shares import share_of_cores
+from muxserve.engine.shares import split_cores
 from muxserve.worker.executors import ExecutorOptions, ExecutorProcess
 from muxserve.worker.jobs import Plan, plan
 from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, Refused, Tokens
@@ -45,7 +46,8 @@ class _Running:
     order: Order
     plan: Plan
     job: int
-    threads: int
+    threads: int = 0
+    """0 = the executor has not been given the job yet."""
 
 
 class Lane:
@@ -57,12 +59,13 @@ class Lane:
         kind: str,
         options: ExecutorOptions,
         pool: BlockPool,
-        threads: Callable[[float, Lane], int],
+        divide: Callable[[], None],
         on_change: Callable[[], None],
     ) -> None:
+        """divide: called when a job is about to start or has ended; calls `use_threads` of all lanes."""
         self.executor = ExecutorProcess(kind, options, self._on_report, self._on_executor)
         self._pool = pool
-        self._threads = threads
+        self._divide = divide
         self._on_change = on_change
         self._waiting: deque[_Waiting] = deque()
         self._running: _Running | None = None
@@ -71,9 +74,18 @@ class Lane:
         self._idle.set()
 
     @property
-    def threads_in_use(self) -> int:
-        """Of the job that runs."""
-        return self._running.threads if self._running else 0
+    def share(self) -> float:
+        """Compute share of the job that runs; 0 = none does."""
+        return self._running.order.share if self._running else 0.0
+
+    def use_threads(self, threads: int) -> None:
+        """Of the job that runs, from its next step on."""
+        running = self._running
+        if running is None or running.threads == threads:
+            return
+        if running.threads:
+            self.executor.use_threads(running.job, threads)
+        running.threads = threads
 
     def submit(self, owner: JobOwner, order: Order) -> None:
         """Run `order` when its turn comes; too many waiting ones and it fails at once."""
@@ -110,14 +122,14 @@ class Lane:
             waiting = self._waiting.popleft()
             owner, order = waiting.owner, waiting.order
             self._last_job += 1
-            threads = self._threads(order.share, self)
-            made = plan(order, self._last_job, threads, owner.book)
+            made = plan(order, self._last_job, owner.book)
             if made.message is None:
                 self._tell_end(owner, order, made, Outcome.OK)
                 continue
-            self._running = _Running(owner, order, made, self._last_job, threads)
+            self._running = _Running(owner, order, made, self._last_job)
             self._idle.clear()
-            self.executor.submit(made.message)
+            self._divide()
+            self.executor.submit(msgspec.structs.replace(made.message, threads=self._running.threads))
 
     def _on_report(self, report: Step | JobDone) -> None:
         running = self._running
@@ -173,6 +185,7 @@ class Lane:
         self._tell_end(running.owner, running.order, running.plan, outcome, steps, seconds, error)
         self._idle.set()
         self._start_next()
+        self._divide()
 
     def _tell_end(
         self,
@@ -199,8 +212,8 @@ class Lanes:
 
     def __init__(self, options: ExecutorOptions, pool: BlockPool, on_change: Callable[[], None]) -> None:
         self._cores = options.cores
-        self.prefill = Lane("prefill", options, pool, self._threads, on_change)
-        self.decode = Lane("decode", options, pool, self._threads, on_change)
+        self.prefill = Lane("prefill", options, pool, self._divide, on_change)
+        self.decode = Lane("decode", options, pool, self._divide, on_change)
 
     @property
     def executors(self) -> tuple[ExecutorProcess, ExecutorProcess]:
@@ -219,8 +232,9 @@ class Lanes:
         """Drop the owner's jobs; returns when none of them runs."""
         await asyncio.gather(self.prefill.drop(owner), self.decode.drop(owner))
 
-    def _threads(self, share: float, lane: Lane) -> int:
-        """A job's threads: its share of the cores, but no more than the other lane leaves, at least one."""
-        neighbour = self.decode if lane is self.prefill else self.prefill
-        wanted = share_of_cores(share, self._cores)
-        return max(1, min(wanted, self._cores - neighbour.threads_in_use))
+    def _divide(self) -> None:
+        """Divide the cores between the jobs that run."""
+        prefill, decode = split_cores(self._cores, self.prefill.share, self.decode.share)
+        # Whoever gives cores up is told first.
+        self.decode.use_threads(decode)
+        self.prefill.use_threads(prefill)

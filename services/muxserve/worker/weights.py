@@ -21,7 +21,7 @@ from muxserve.worker.shapes import MIB, Weights
 
 log = structlog.get_logger(__name__)
 
-WEIGHT_LAYOUT: WeightLayout = "canonical"
+WEIGHT_LAYOUT: WeightLayout = "panels"
 """What this worker's executors want."""
 
 _REPORT_EVERY = 5.0
