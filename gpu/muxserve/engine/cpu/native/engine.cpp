@@ -1,0 +1,187 @@
+// `Engine`: a thread that runs jobs, one at a time, on a team. The C interface of the library.
+
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "forward.h"
+
+class Engine {
+  public:
+    explicit Engine(int threads)
+        : team_(threads), forward_(team_, threads), event_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+          driver_([this] { drive(); }) {}
+
+    ~Engine() {
+        submit(&quit_);
+        driver_.join();
+        close(event_);
+    }
+
+    int event() const { return event_; }
+
+    // Starts `job`, which must stay until its `ended` is 1. One at a time.
+    void submit(Job* job) {
+        job_.store(job, std::memory_order_release);
+        job_.notify_one();
+    }
+
+    // One layer's attention, on the caller's thread and its team's; no job may be running. Returns a Failure.
+    int64_t attend(
+        const Model& m, int64_t layer, int64_t rows, const int64_t* slot, const int64_t* begin, const int64_t* end,
+        const float* qkv, float* out, int threads
+    ) {
+        pieces_.clear();
+        wanted_.clear();
+        for (int64_t i = 0, at = 0; i < rows; at += end[i] - begin[i], i++) {
+            if (slot[i] < 0 || slot[i] >= m.slots || begin[i] < 0 || begin[i] >= end[i] || end[i] > m.context) {
+                return OUT_OF_RANGE;
+            }
+            pieces_.push_back({slot[i], begin[i], end[i], at});
+        }
+        forward_.prepare(m, pieces_, wanted_);
+        team_.run(threads, [&](int rank) { forward_.attend_alone(layer, qkv, out, rank); });
+        return forward_.failed_layer.load() < 0 ? NONE : NO_BLOCK;
+    }
+
+  private:
+    void drive() {
+        for (;;) {
+            job_.wait(nullptr, std::memory_order_acquire);
+            Job* job = job_.load(std::memory_order_acquire);
+            if (job == &quit_) return;
+            job_.store(nullptr, std::memory_order_relaxed);
+            work(*job);
+            job->ended.store(1, std::memory_order_release);
+            tell();
+        }
+    }
+
+    void tell() {
+        uint64_t one = 1;
+        [[maybe_unused]] ssize_t written = write(event_, &one, sizeof one);
+    }
+
+    struct Row {
+        int64_t index;  // in the job
+        int64_t begin, end;
+    };
+
+    void work(Job& job) {
+        auto begun = std::chrono::steady_clock::now();
+        std::fill(forward_.parts, forward_.parts + PARTS, 0.0);
+        rows_.clear();
+        for (int64_t i = 0; i < job.rows; i++) rows_.push_back({i, job.begin[i], job.end[i]});
+        std::fill(job.finished, job.finished + job.steps * job.rows, ABSENT);
+        for (int64_t step = 0; step < job.steps && !rows_.empty(); step++) {
+            if (job.stop.load(std::memory_order_relaxed)) break;
+            if (!run_step(job, step)) break;
+            job.done.store(step + 1, std::memory_order_release);
+            std::copy(forward_.parts, forward_.parts + PARTS, job.parts);
+            if (step + 1 < job.steps && !rows_.empty()) tell();
+        }
+        job.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+    }
+
+    bool run_step(Job& job, int64_t step) {
+        const Model& m = *job.model;
+        pieces_.clear();
+        wanted_.clear();
+        int64_t at = 0;
+        for (const Row& row : rows_) {
+            int64_t slot = job.slot[row.index];
+            if (slot < 0 || slot >= m.slots || row.begin < 0 || row.begin >= row.end || row.end > m.context) {
+                job.failure.store(OUT_OF_RANGE);
+                return false;
+            }
+            pieces_.push_back({slot, row.begin, row.end, at});
+            at += row.end - row.begin;
+            if (job.samples[row.index]) wanted_.push_back(at - 1);
+        }
+        forward_.prepare(m, pieces_, wanted_);
+        sampling_.clear();
+        for (size_t i = 0; i < rows_.size(); i++)
+            if (job.samples[rows_[i].index]) sampling_.push_back(i);
+        auto threads = [&] { return (int)job.threads.load(std::memory_order_relaxed); };
+        // A long pass follows its share from layer to layer, a short one from step to step.
+        if (at > LONG) {
+            team_.run(threads(), [&](int rank) { forward_.begin(rank); });
+            for (int64_t l = 0; l < m.layers; l++) team_.run(threads(), [&](int rank) { forward_.layer(l, rank); });
+        }
+        team_.run(threads(), [&](int rank) {
+            if (at <= LONG) {
+                forward_.begin(rank);
+                for (int64_t l = 0; l < m.layers; l++) forward_.layer(l, rank);
+            }
+            forward_.end(rank);
+            if (forward_.failed_layer.load(std::memory_order_relaxed) >= 0) return;
+            team_.share(sampling_.size(), 1, [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; i++) sample(job, step, i, rank);
+            });
+            forward_.mark(rank, SAMPLING);
+        });
+        if (int64_t layer = forward_.failed_layer.load(); layer >= 0) {
+            job.failed_layer.store(layer);
+            job.failure.store(layer < m.layers ? NO_BLOCK : OUT_OF_RANGE);
+            return false;
+        }
+        size_t kept = 0;
+        for (Row row : rows_) {
+            int8_t finished = job.finished[step * job.rows + row.index];
+            if (finished != UNFINISHED) continue;
+            rows_[kept++] = {row.index, row.end, row.end + 1};
+        }
+        rows_.resize(kept);
+        return true;
+    }
+
+    // The token of the i-th row that wants one: chosen, written to the token table, judged.
+    void sample(Job& job, int64_t step, int64_t i, int rank) {
+        const Model& m = *job.model;
+        const Row& row = rows_[sampling_[i]];
+        const Sampling& how = job.sampling[row.index];
+        int32_t* known = m.tokens + job.slot[row.index] * m.context;
+        const int64_t at = step * job.rows + row.index, position = row.end;
+        RowSampler sampler(how, m.vocab, forward_.sampler(rank));
+        float* logits = forward_.logits(i);
+        int32_t token = position < m.context ? sampler.sample(logits, known, position) : -1;
+        if (token < 0) {
+            job.finished[at] = NOT_FINITE;
+            return;
+        }
+        if (how.logprobs >= 0) {
+            const int64_t width = 1 + job.logprobs;
+            sampler.logprobs(logits, token, how.logprobs, job.logprob + at * width, job.logprob_ids + at * width);
+        }
+        known[position] = token;
+        job.tokens[at] = token;
+        const bool stopped = std::find(how.stop_ids, how.stop_ids + how.stops, token) != how.stop_ids + how.stops;
+        job.finished[at] = stopped ? STOP : position + 1 >= job.limit[row.index] ? LENGTH : UNFINISHED;
+    }
+
+    static constexpr int64_t LONG = 64;  // tokens
+
+    Team team_;
+    Forward forward_;
+    const int event_;
+    std::atomic<Job*> job_{nullptr};
+    Job quit_{};
+    std::vector<Row> rows_;
+    std::vector<Piece> pieces_;
+    std::vector<int64_t> wanted_, sampling_;
+    std::thread driver_;  // last: it uses all of the above
+};
+
+extern "C" {
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT Engine* muxserve_engine_new(int threads) { return new Engine(threads); }
+EXPORT void muxserve_engine_free(Engine* engine) { delete engine; }
+EXPORT int muxserve_engine_event(Engine* engine) { return engine->event(); }
+EXPORT void muxserve_engine_submit(Engine* engine, Job* job) { engine->submit(job); }
+EXPORT int64_t muxserve_attend(
+    Engine* engine, const Model* model, int64_t layer, int64_t rows, const int64_t* slot, const int64_t* begin,
+    const int64_t* end, const float* qkv, float* out, int threads
+) {
+    return engine->attend(*model, layer, rows, slot, begin, end, qkv, out, threads);
+}
+}

@@ -1,0 +1,564 @@
+// The forward pass: every family we serve, as one run of a team over all layers.
+//
+// The residual stream is float32; matrix products take their left side in the weights' type and add in float32.
+
+#pragma once
+
+#include <chrono>
+
+#include "attention.h"
+#include "sampler.h"
+#include "team.h"
+
+// One sequence's part in a pass: tokens `[begin, end)`, which are rows `[row, row + end - begin)` of the pass.
+struct Piece {
+    int64_t slot, begin, end, row;
+};
+
+// What one thread attends: a block of a prompt's queries, or a range of keys for the query of one token.
+struct AttentionTask {
+    int64_t piece, head;
+    int64_t first, last;  // positions of queries of a prompt; of keys of a single token
+    int64_t part, parts;  // which of its ranges, of how many
+    int64_t result;       // of this token and head: where its partial results begin
+};
+
+// Memory of a pass. Grows with the largest pass, and is kept.
+class Memory {
+  public:
+    template <class T>
+    T* take(int64_t count) {
+        used_ = (used_ + 63) / 64 * 64;
+        int64_t at = used_;
+        used_ += count * sizeof(T);
+        return reinterpret_cast<T*>(base_ + at);
+    }
+    void reset() { used_ = 0; }
+    // Makes room for what was taken since `reset`; true if it had to grow, and all must be taken again.
+    bool grow() {
+        if (used_ + 64 <= size_) return false;
+        size_ = used_ + used_ / 4 + 4096;
+        bytes_.reset(new (std::align_val_t(4096)) char[size_]());
+        base_ = bytes_.get();
+        return true;
+    }
+
+  private:
+    struct Free {
+        void operator()(char* p) const { ::operator delete[](p, std::align_val_t(4096)); }
+    };
+    std::unique_ptr<char, Free> bytes_;
+    char* base_ = nullptr;
+    int64_t size_ = 0, used_ = 0;
+};
+
+class Forward {
+  public:
+    explicit Forward(Team& team, int threads)
+        : team_(team), attention_(threads), samplers_(threads) {}
+
+    double parts[PARTS] = {};
+    std::atomic<int64_t> failed_layer{-1};
+
+    // Computes the pieces' tokens and, for those pieces of which `wanted` names the last row, logits.
+    // Returns float32 `[wanted.size(), stride]`; stride is a multiple of PANEL. Called by every thread.
+    void prepare(const Model& m, const std::vector<Piece>& pieces, const std::vector<int64_t>& wanted) {
+        model_ = &m;
+        pieces_ = &pieces;
+        wanted_ = &wanted;
+        tokens_ = pieces.empty() ? 0 : pieces.back().row + pieces.back().end - pieces.back().begin;
+        failed_layer.store(-1, std::memory_order_relaxed);
+        plan_attention();
+        do {
+            memory_.reset();
+            lay_out();
+        } while (memory_.grow());
+        if (arrivals_.size() < arrivals_needed_) arrivals_ = std::vector<std::atomic<int>>(arrivals_needed_);
+        begun_ = std::chrono::steady_clock::now();
+    }
+
+    // A pass is begin, every layer in turn, end; each is called by all threads of a run.
+    void begin(int rank) { with_type([&](auto type) { begin<decltype(type)>(rank); }); }
+    void layer(int64_t l, int rank) { with_type([&](auto type) { layer<decltype(type)>(l, rank); }); }
+    void end(int rank) { with_type([&](auto type) { head<decltype(type)>(rank); }); }
+
+    // One layer's attention by itself: qkv is `[tokens, heads + 2 kv_heads, head_dim]`, out `[tokens, heads,
+    // head_dim]`. Begun by `prepare`.
+    void attend_alone(int64_t l, const float* qkv, float* out, int rank) {
+        with_type([&](auto type) {
+            using Type = decltype(type);
+            const Model& m = *model_;
+            const int64_t width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+            team_.share(tokens_, 2, [&](int64_t begin, int64_t end) {
+                for (int64_t t = begin; t < end; t++) {
+                    std::copy(qkv + t * width, qkv + (t + 1) * width, qkv_ + t * qkv_row_);
+                    write_token<Type>(l, t);
+                }
+            });
+            attend_all<Type>(l, rank);
+            for (int64_t i = rank; i < tokens_ * m.heads; i += team_.threads()) {
+                std::copy(out_ + i * out_row_, out_ + i * out_row_ + m.head_dim, out + i * m.head_dim);
+            }
+        });
+    }
+
+    float* logits(int64_t i) { return logits_ + i * vocab_row_; }
+    SamplerScratch& sampler(int rank) { return samplers_[rank]; }
+
+    // Counts the time since the last call as `part`.
+    void mark(int rank, Part part) {
+        if (rank) return;
+        auto now = std::chrono::steady_clock::now();
+        parts[part] += std::chrono::duration<double>(now - begun_).count();
+        begun_ = now;
+    }
+
+  private:
+    static int64_t pad(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
+
+    void plan_attention() {
+        const Model& m = *model_;
+        const int64_t group = m.heads / m.kv_heads, queries = std::max<int64_t>(1, QUERY_ROWS / group);
+        tasks_.clear();
+        results_ = 0;
+        arrivals_needed_ = 0;
+        for (size_t i = 0; i < pieces_->size(); i++) {
+            const Piece& p = (*pieces_)[i];
+            for (int64_t head = 0; head < m.kv_heads; head++) {
+                if (p.end - p.begin == 1) {
+                    // How a context is split is a matter of its length alone.
+                    int64_t parts = (p.end + SPLIT - 1) / SPLIT;
+                    for (int64_t part = 0; part < parts; part++) {
+                        int64_t low = part * SPLIT, high = std::min(p.end, low + SPLIT);
+                        tasks_.push_back({(int64_t)i, head, low, high, part, parts, results_});
+                    }
+                    if (parts > 1) results_ += parts;
+                } else {
+                    for (int64_t q = p.end; q > p.begin; q -= queries) {  // the longest first
+                        tasks_.push_back({(int64_t)i, head, std::max(p.begin, q - queries), q, 0, 0, 0});
+                    }
+                }
+            }
+        }
+        arrivals_needed_ = results_;
+    }
+
+    void lay_out() {
+        const Model& m = *model_;
+        const int64_t n = tokens_, q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+        const int64_t group = m.heads / m.kv_heads, per = m.bfloat16 ? 2 : 1;
+        // A row of 64 bytes more than the matrix has: rows a power of two apart would share few cache sets.
+        auto row = [&](int64_t columns) { return (pad(columns) + per - 1) / per + 16; };
+        out_row_ = words_up(m.head_dim) + 2 * LANES;
+        head_words_ = words_up((m.head_dim + per - 1) / per);
+        x_row_ = pad(m.hidden);
+        input_row_ = row(std::max({m.hidden, q}));
+        inner_row_ = row(m.inner);
+        qkv_row_ = pad(q + 2 * kv);
+        vocab_row_ = pad(m.vocab);
+        x_ = memory_.take<float>(n * x_row_);
+        y_ = memory_.take<float>(n * x_row_);
+        input_ = memory_.take<uint32_t>(n * input_row_);
+        inner_ = memory_.take<uint32_t>(n * inner_row_);
+        qkv_ = memory_.take<float>(n * qkv_row_);
+        query_ = memory_.take<uint32_t>(n * m.heads * head_words_);
+        angles_row_ = 0;
+        for (int64_t r = 0; r < m.ropes; r++) angles_row_ += 2 * m.frequencies[r].half;
+        angles_ = memory_.take<float>(n * angles_row_);
+        out_ = memory_.take<float>(n * m.heads * out_row_);
+        partial_ = memory_.take<Partial>(results_ * group);
+        partial_out_ = memory_.take<float>(results_ * group * out_row_);
+        logits_ = memory_.take<float>(wanted_->size() * vocab_row_ + LANES);
+        final_ = memory_.take<uint32_t>(wanted_->size() * input_row_);
+    }
+
+    template <class F>
+    void with_type(F f) {
+        if (model_->bfloat16) f(Bfloat16{});
+        else f(Float32{});
+    }
+
+    template <class Type>
+    void begin(int rank) {
+        team_.share(tokens_, 8, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; t++) begin_token<Type>(t);
+        });
+        mark(rank, REST);
+    }
+
+    template <class Type>
+    void layer(int64_t l, int rank) {
+        const Model& m = *model_;
+        const Layer& layer = m.layer[l];
+        const int64_t q = m.heads * m.head_dim, qkv = q + 2 * m.kv_heads * m.head_dim;
+        multiply<Type>(input_, input_row_, tokens_, m.hidden, layer.qkv, qkv_row_, [&](int64_t t, int64_t n, Floats* v) {
+            add_bias(layer.qkv_bias, n, qkv, v);
+            for (int i = 0; i < PANEL_VECTORS; i++) store(qkv_ + t * qkv_row_ + n + i * LANES, v[i]);
+        });
+        mark(rank, MATRICES);
+        team_.share(tokens_, 2, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; t++) write_token<Type>(l, t);
+        });
+        mark(rank, REST);
+        attend_all<Type>(l, rank);
+        mark(rank, ATTENTION);
+        project<Type>(input_, input_row_, q, layer.o, layer.o_bias);
+        mark(rank, MATRICES);
+        add_and_normalise<Type>(layer.attention_out_norm, layer.mlp_norm);
+        mark(rank, REST);
+        multiply<Type>(input_, input_row_, tokens_, m.hidden, layer.gate_up, 2 * pad_half(m.inner), [&](int64_t t, int64_t n, Floats* v) {
+            gate<Type>(layer, t, n / 2, v);
+        });
+        project<Type>(inner_, inner_row_, m.inner, layer.down, layer.down_bias);
+        mark(rank, MATRICES);
+        add_and_normalise<Type>(layer.mlp_out_norm, l + 1 < m.layers ? m.layer[l + 1].input_norm : nullptr);
+        mark(rank, REST);
+    }
+
+    template <class Type>
+    void attend_all(int64_t l, int rank) {
+        // Several at a time, so that a thread knows what it will read next; few, so that all end together.
+        const int64_t chunk = std::clamp<int64_t>(tasks_.size() / (team_.threads() * 8), 1, 8);
+        team_.share(tasks_.size(), chunk, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) {
+                attend<Type>(l, tasks_[i], i + 1 < end ? upcoming<Type>(l, tasks_[i + 1]) : Upcoming{}, attention_[rank]);
+            }
+        });
+    }
+
+    static int64_t pad_half(int64_t inner) { return (inner + PANEL / 2 - 1) / (PANEL / 2) * (PANEL / 2); }
+
+    // rows of `a` (`row` words apart) times panels, `columns` of them all in all; `finish(row, column, sums)`.
+    template <class Type, class Finish>
+    void multiply(
+        const uint32_t* a, int64_t row, int64_t rows, int64_t depth, const uint32_t* panels, int64_t columns,
+        Finish finish
+    ) {
+        const int64_t words = (depth + Type::PER_WORD - 1) / Type::PER_WORD, count = columns / PANEL;
+        // Rows that a thread takes at a time stay in its cache while panels pass by.
+        const int64_t block = 16 * TILE_ROWS, blocks = (rows + block - 1) / block;
+        const int64_t chunk = std::max<int64_t>(1, count * blocks / (team_.threads() * 12));
+        team_.share(count * blocks, chunk, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) {
+                int64_t b = i / count, p = i % count;
+                multiply_panel<Type>(
+                    {a, row}, rows * b / blocks, rows * (b + 1) / blocks, panels + p * words * PANEL, words,
+                    AHEAD, [&](int64_t m, Floats* v) { finish(m, p * PANEL, v); }
+                );
+            }
+        });
+    }
+
+    // A product that is added to the residual stream, or, where a norm comes in between, put into `y_`.
+    template <class Type>
+    void project(const uint32_t* a, int64_t row, int64_t depth, const uint32_t* panels, const float* bias) {
+        const Model& m = *model_;
+        const bool apart = m.layer[0].mlp_out_norm != nullptr;
+        multiply<Type>(a, row, tokens_, depth, panels, x_row_, [&](int64_t t, int64_t n, Floats* v) {
+            add_bias(bias, n, m.hidden, v);
+            float* to = (apart ? y_ : x_) + t * x_row_ + n;
+            for (int i = 0; i < PANEL_VECTORS; i++) {
+                store(to + i * LANES, apart ? v[i] : load<Floats>(to + i * LANES) + v[i]);
+            }
+        });
+    }
+
+    INLINE static void add_bias(const float* bias, int64_t first, int64_t count, Floats* v) {
+        if (!bias) return;
+        for (int i = 0; i < PANEL; i++)
+            if (first + i < count) v[i / LANES][i % LANES] += bias[first + i];
+    }
+
+    // A panel of gate_up: half of it gates, half of it what they let through.
+    template <class Type>
+    INLINE void gate(const Layer& layer, int64_t t, int64_t first, Floats* v) {
+        constexpr int HALF = PANEL / 2, VECTORS = PANEL_VECTORS / 2;
+        const Model& m = *model_;
+        float result[HALF];
+        if (layer.gate_up_bias) {
+            for (int i = 0; i < HALF; i++) {
+                if (first + i >= m.inner) continue;
+                v[i / LANES][i % LANES] += layer.gate_up_bias[first + i];
+                v[VECTORS + i / LANES][i % LANES] += layer.gate_up_bias[m.inner + first + i];
+            }
+        }
+        for (int i = 0; i < VECTORS; i++) {
+            Floats g = v[i], up = v[VECTORS + i];
+            // gelu_tanh(x) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3); silu(x) = x / (1 + exp(-x)).
+            Floats u = m.gelu ? splat(1.5957691216f) * (g + splat(0.044715f) * g * g * g) : g;
+            // exp of what is not positive: for u < 0, 1 / (1 + exp(-u)) = exp(u) / (1 + exp(u)).
+            Ints negative = u < splat(0.0f);
+            Floats e = exp_negative(select(negative, u, -u));
+            Floats share = select(negative, e, splat(1.0f)) / (splat(1.0f) + e);
+            store(result + i * LANES, g * share * up);
+        }
+        Type::narrow(result, inner_ + t * inner_row_ + first / Type::PER_WORD, HALF / Type::PER_WORD);
+    }
+
+    template <class Type>
+    void begin_token(int64_t t) {
+        const Model& m = *model_;
+        auto [slot, position] = place(t);
+        int64_t id = m.tokens[slot * m.context + position];
+        if (id < 0 || id >= m.vocab) id = 0, failed_layer.store(m.layers, std::memory_order_relaxed);
+        embed<Type>(id, x_ + t * x_row_);
+        normalise<Type>(x_ + t * x_row_, m.layer[0].input_norm, input_ + t * input_row_);
+        float* angle = angles_ + t * angles_row_;
+        for (int64_t r = 0; r < m.ropes; r++) {
+            const Frequencies& f = m.frequencies[r];
+            for (int64_t i = 0; i < f.half; i++) {
+                float a = (float)position * f.inverse[i];
+                angle[i] = std::cos(a) * f.attention_factor;
+                angle[f.half + i] = std::sin(a) * f.attention_factor;
+            }
+            angle += 2 * f.half;
+        }
+    }
+
+    template <class Type>
+    void embed(int64_t id, float* x) {
+        const Model& m = *model_;
+        const int64_t words = (m.hidden + Type::PER_WORD - 1) / Type::PER_WORD;
+        const uint32_t* from = m.embed + id / PANEL * words * PANEL + id % PANEL;
+        for (int64_t d = 0; d < m.hidden; d++) {
+            x[d] = Type::element(from[d / Type::PER_WORD * PANEL], d % Type::PER_WORD) * m.embedding_scale;
+        }
+    }
+
+    // Slot and position of row `t` of the pass.
+    std::pair<int64_t, int64_t> place(int64_t t) const {
+        auto after = std::upper_bound(
+            pieces_->begin(), pieces_->end(), t, [](int64_t row, const Piece& p) { return row < p.row; }
+        );
+        const Piece& p = *--after;
+        return {p.slot, p.begin + t - p.row};
+    }
+
+    static INLINE float inverse_norm(const float* x, int64_t count, float eps) {
+        Floats squares{};
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) {
+            Floats v = load<Floats>(x + i);
+            squares += v * v;
+        }
+        float total = sum(squares);
+        for (; i < count; i++) total += x[i] * x[i];
+        return 1.0f / std::sqrt(total / (float)count + eps);
+    }
+
+    template <class Type>
+    void normalise(const float* x, const float* weight, uint32_t* to) {
+        const Model& m = *model_;
+        const float scale = inverse_norm(x, m.hidden, m.rms_eps);
+        constexpr int STEP = 2 * LANES;
+        float part[STEP];
+        for (int64_t d = 0; d < m.hidden; d += STEP) {
+            int64_t count = std::min<int64_t>(STEP, m.hidden - d);
+            for (int64_t i = 0; i < STEP; i++) part[i] = i < count ? x[d + i] * scale * weight[d + i] : 0.0f;
+            Type::narrow(part, to + d / Type::PER_WORD, STEP / Type::PER_WORD);
+        }
+    }
+
+    // Ends a branch of the layer (`after`: Gemma's norm of it) and prepares the next one's input.
+    template <class Type>
+    void add_and_normalise(const float* after, const float* before) {
+        const Model& m = *model_;
+        if (!after && !before) return;
+        team_.share(tokens_, 4, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; t++) {
+                float* x = x_ + t * x_row_;
+                if (after) {
+                    const float* y = y_ + t * x_row_;
+                    const float scale = inverse_norm(y, m.hidden, m.rms_eps);
+                    for (int64_t d = 0; d < m.hidden; d++) x[d] += y[d] * scale * after[d];
+                }
+                if (before) normalise<Type>(x, before, input_ + t * input_row_);
+            }
+        });
+    }
+
+    // Norms and rotates one token's heads; its keys and values go to their blocks, its queries to `query_`.
+    template <class Type>
+    void write_token(int64_t layer, int64_t t) {
+        const Model& m = *model_;
+        const Layer& weights = m.layer[layer];
+        auto [slot, position] = place(t);
+        float* heads = qkv_ + t * qkv_row_;
+        const float* angle = nullptr;
+        int64_t half = 0;
+        if (weights.rope >= 0) {
+            angle = angles_ + t * angles_row_;
+            for (int64_t r = 0; r < weights.rope; r++) angle += 2 * m.frequencies[r].half;
+            half = m.frequencies[weights.rope].half;
+        }
+        const int64_t span = position / m.block_tokens, offset = position % m.block_tokens;
+        for (int64_t h = 0; h < m.heads + m.kv_heads; h++) {
+            float* head = heads + h * m.head_dim;
+            const bool is_query = h < m.heads;
+            if (const float* norm = is_query ? weights.q_norm : weights.k_norm) {
+                const float scale = inverse_norm(head, m.head_dim, m.rms_eps);
+                for (int64_t d = 0; d < m.head_dim; d++) head[d] *= scale * norm[d];
+            }
+            for (int64_t i = 0; i < half; i++) {
+                float a = head[i], b = head[half + i];
+                head[i] = a * angle[i] - b * angle[half + i];
+                head[half + i] = b * angle[i] + a * angle[half + i];
+            }
+            const int64_t words = m.head_dim / Type::PER_WORD;
+            if (is_query) {
+                for (int64_t d = 0; d < m.head_dim; d++) head[d] *= m.attention_scale;
+                Type::narrow(head, query_ + (t * m.heads + h) * head_words_, words);
+                continue;
+            }
+            const int64_t kv = h - m.heads;
+            Blocks blocks = blocks_of<Type>(m, layer, slot, kv);
+            uint32_t* key = const_cast<uint32_t*>(blocks.keys(span));
+            if (!key) {
+                failed_layer.store(layer, std::memory_order_relaxed);
+                continue;
+            }
+            key += offset * words;
+            Type::narrow(head, key, words);
+            Type::narrow(heads + (m.heads + m.kv_heads + kv) * m.head_dim, key + blocks.values(), words);
+        }
+    }
+
+    // What a task reads first.
+    template <class Type>
+    Upcoming upcoming(int64_t layer, const AttentionTask& task) {
+        const Model& m = *model_;
+        const Piece& piece = (*pieces_)[task.piece];
+        const int64_t window = m.layer[layer].window;
+        const int64_t end = task.parts ? task.last : task.first + 1;
+        const int64_t low = std::max(task.parts ? task.first : 0, window ? (task.parts ? piece.end : end) - window : 0);
+        const int64_t span = low / m.block_tokens;
+        return {
+            blocks_of<Type>(m, layer, piece.slot, task.head).keys(span),
+            std::clamp<int64_t>(end - span * m.block_tokens, 0, m.block_tokens)
+        };
+    }
+
+    template <class Type>
+    void attend(int64_t layer, const AttentionTask& task, Upcoming next, AttentionScratch& scratch) {
+        const Model& m = *model_;
+        const Piece& piece = (*pieces_)[task.piece];
+        const int64_t group = m.heads / m.kv_heads, first_head = task.head * group;
+        const int64_t window = m.layer[layer].window;
+        Blocks blocks = blocks_of<Type>(m, layer, piece.slot, task.head);
+        bool found = true;
+        if (task.parts == 0) {
+            const int64_t row = piece.row + task.first - piece.begin;
+            found = attend_prompt<Type>(
+                blocks, group, task.first, task.last, window, m.attention_soft_cap,
+                [&](int64_t i, int64_t g) { return query_ + ((row + i) * m.heads + first_head + g) * head_words_; },
+                [&](int64_t i, int64_t g) { return out_ + ((row + i) * m.heads + first_head + g) * out_row_; }, scratch
+            );
+            if (found)
+                for (int64_t i = 0; i < task.last - task.first; i++) deliver<Type>(row + i, first_head, group);
+        } else {
+            const int64_t low = std::max(task.first, window ? std::max<int64_t>(0, piece.end - window) : 0);
+            float* out = out_ + (piece.row * m.heads + first_head) * out_row_;
+            Partial single[64];
+            Partial* partial = single;
+            if (task.parts > 1) {
+                out = partial_out_ + (task.result + task.part) * group * out_row_;
+                partial = partial_ + (task.result + task.part) * group;
+            }
+            // `single` bounds the heads that go in one call.
+            for (int64_t g = 0; g < group && found; g += 64) {
+                const int64_t heads = std::min<int64_t>(64, group - g);
+                Partial* to = task.parts > 1 ? partial + g : partial;
+                if (low < task.last) {
+                    found = attend_token<Type>(
+                        blocks, heads, low, task.last,
+                        query_ + (piece.row * m.heads + first_head + g) * head_words_, head_words_,
+                        out + g * out_row_, out_row_, to, m.attention_soft_cap, next, scratch
+                    );
+                } else {
+                    for (int64_t h = 0; h < heads; h++) to[h] = {-std::numeric_limits<float>::infinity(), 0};
+                }
+                if (task.parts == 1)
+                    for (int64_t h = 0; h < heads; h++) {
+                        float* o = out + (g + h) * out_row_;
+                        for (int64_t d = 0; d < m.head_dim; d++) o[d] /= to[h].total;
+                    }
+            }
+            if (task.parts == 1 || arrivals_[task.result].fetch_add(1, std::memory_order_acq_rel) + 1 == task.parts) {
+                if (task.parts > 1) merge(task, piece, group, first_head);
+                deliver<Type>(piece.row, first_head, group);
+            }
+        }
+        if (!found) failed_layer.store(layer, std::memory_order_relaxed);
+    }
+
+    // Joins the partial results of one token's KV head, in the order of their keys.
+    void merge(const AttentionTask& task, const Piece& piece, int64_t group, int64_t first_head) {
+        const Model& m = *model_;
+        arrivals_[task.result].store(0, std::memory_order_relaxed);
+        for (int64_t g = 0; g < group; g++) {
+            float top = -std::numeric_limits<float>::infinity(), total = 0;
+            for (int64_t p = 0; p < task.parts; p++) top = std::max(top, partial_[(task.result + p) * group + g].top);
+            float* out = out_ + (piece.row * m.heads + first_head + g) * out_row_;
+            std::fill(out, out + m.head_dim, 0.0f);
+            for (int64_t p = 0; p < task.parts; p++) {
+                const Partial& partial = partial_[(task.result + p) * group + g];
+                if (partial.total == 0) continue;
+                const float scale = std::exp(partial.top - top);
+                const float* from = partial_out_ + ((task.result + p) * group + g) * out_row_;
+                total += partial.total * scale;
+                for (int64_t d = 0; d < m.head_dim; d++) out[d] += from[d] * scale;
+            }
+            for (int64_t d = 0; d < m.head_dim; d++) out[d] /= total;
+        }
+    }
+
+    // Heads of one token become the next product's input.
+    template <class Type>
+    void deliver(int64_t row, int64_t first_head, int64_t heads) {
+        const Model& m = *model_;
+        const int64_t words = m.head_dim / Type::PER_WORD;
+        for (int64_t h = first_head; h < first_head + heads; h++) {
+            Type::narrow(out_ + (row * m.heads + h) * out_row_, input_ + row * input_row_ + h * words, words);
+        }
+    }
+
+    template <class Type>
+    void head(int rank) {
+        const Model& m = *model_;
+        const int64_t count = (int64_t)wanted_->size();
+        if (!count) return;
+        team_.share(count, 4, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) {
+                normalise<Type>(x_ + (*wanted_)[i] * x_row_, m.final_norm, final_ + i * input_row_);
+            }
+        });
+        mark(rank, REST);
+        multiply<Type>(final_, input_row_, count, m.hidden, m.head, vocab_row_, [&](int64_t i, int64_t n, Floats* v) {
+            for (int j = 0; j < PANEL_VECTORS; j++) {
+                if (m.final_soft_cap > 0)
+                    for (int l = 0; l < LANES; l++) v[j][l] = m.final_soft_cap * std::tanh(v[j][l] / m.final_soft_cap);
+                store(logits_ + i * vocab_row_ + n + j * LANES, v[j]);
+            }
+        });
+        mark(rank, MATRICES);
+    }
+
+    static constexpr int64_t AHEAD = 2048;  // words: 8 KiB
+
+    Team& team_;
+    const Model* model_ = nullptr;
+    const std::vector<Piece>* pieces_ = nullptr;
+    const std::vector<int64_t>* wanted_ = nullptr;
+    int64_t tokens_ = 0, results_ = 0;
+    size_t arrivals_needed_ = 0;
+    std::vector<AttentionTask> tasks_;
+    std::vector<std::atomic<int>> arrivals_;
+    std::vector<AttentionScratch> attention_;
+    std::vector<SamplerScratch> samplers_;
+    Memory memory_;
+    std::chrono::steady_clock::time_point begun_;
+    float *x_, *y_, *qkv_, *angles_, *out_, *partial_out_, *logits_;
+    uint32_t *input_, *inner_, *query_, *final_;
+    Partial* partial_;
+    int64_t x_row_, input_row_, inner_row_, qkv_row_, vocab_row_, angles_row_, head_words_, out_row_;
+};

@@ -1,0 +1,116 @@
+// `Team`: the threads of an executor. Jobs use as many of them as they are given, from one call to the next.
+//
+// Threads that wait spin for some microseconds, which is what most waits take, and then sleep: neighbours on the
+// same cores lose next to nothing to them. Work is handed out in small parts, so that a thread that was held up
+// by a neighbour holds up nobody for long.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+class Team {
+  public:
+    explicit Team(int threads) : most_(threads) {
+        for (int rank = 1; rank < threads; rank++) helpers_.emplace_back([this, rank] { help(rank); });
+    }
+
+    ~Team() {
+        body_ = nullptr;
+        start(most_);
+        for (auto& helper : helpers_) helper.join();
+    }
+
+    // Calls `f(rank)` on `threads` threads, this one among them as rank 0; returns when all have.
+    template <class F>
+    void run(int threads, F f) {
+        threads_ = std::clamp(threads, 1, most_);
+        next_.store(0, std::memory_order_relaxed);
+        if (threads_ == 1) {
+            f(0);
+            return;
+        }
+        body_ = [](void* context, int rank) { (*static_cast<F*>(context))(rank); };
+        context_ = &f;
+        start(threads_);
+        f(0);
+        barrier();
+    }
+
+    int threads() const { return threads_; }
+
+    // All threads of the run: parts of `[0, count)`, `chunk` at a time, as `f(begin, end)`; returns when every
+    // part is done.
+    template <class F>
+    void share(int64_t count, int64_t chunk, F f) {
+        if (threads_ == 1) {
+            if (count > 0) f(0, count);
+            return;
+        }
+        for (;;) {
+            int64_t begin = next_.fetch_add(chunk, std::memory_order_relaxed);
+            if (begin >= count) break;
+            f(begin, std::min(begin + chunk, count));
+        }
+        barrier();
+    }
+
+    // Returns when all threads of the run have called it.
+    void barrier() {
+        if (threads_ == 1) return;
+        uint32_t phase = phase_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            next_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            phase_.notify_all();
+        } else {
+            await(phase_, phase);
+        }
+    }
+
+  private:
+    static constexpr uint32_t WIDTHS = 1024;  // more than threads
+    static constexpr int SPINS = 1500;  // some 20 to 50 microseconds
+
+    static void await(std::atomic<uint32_t>& value, uint32_t old) {
+        for (int i = 0; i < SPINS; i++) {
+            if (value.load(std::memory_order_acquire) != old) return;
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+        value.wait(old, std::memory_order_acquire);
+    }
+
+    // One word says that there is a run and who takes part: a helper that is late for a run it has no part in
+    // cannot take the next one for it.
+    void start(int threads) {
+        run_.store((run_.load(std::memory_order_relaxed) / WIDTHS + 1) * WIDTHS + threads, std::memory_order_release);
+        run_.notify_all();
+    }
+
+    void help(int rank) {
+        for (uint32_t seen = 0;;) {
+            await(run_, seen);
+            seen = run_.load(std::memory_order_acquire);
+            if (rank >= (int)(seen % WIDTHS)) continue;
+            if (body_ == nullptr) return;
+            body_(context_, rank);
+            barrier();
+        }
+    }
+
+    const int most_;
+    int threads_ = 1;
+    void (*body_)(void*, int) = nullptr;
+    void* context_ = nullptr;
+    std::vector<std::thread> helpers_;
+    alignas(64) std::atomic<uint32_t> run_{0};
+    alignas(64) std::atomic<uint32_t> phase_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<int64_t> next_{0};
+};
