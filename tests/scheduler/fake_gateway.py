@@ -69,6 +69,8 @@ class FakeGateway:
         self.queue, self.name = queue, name
         self.clients: dict[str, Client] = {}
         self.attached = asyncio.Event()
+        self.numbers: dict[int, scheduler_pb2.RequestEvent] = {}
+        """The event that said which request and attempt a number of the stream stands for."""
         self.mute = False
         """Do not answer resume queries."""
         self._task: asyncio.Task[None] | None = None
@@ -142,10 +144,12 @@ class FakeGateway:
                 try:
                     hello = scheduler_pb2.AttachRequest.Hello(gateway_id=self.name)
                     await call.write(scheduler_pb2.AttachRequest(hello=hello))
+                    self.numbers.clear()
                     while (response := await call.read()) is not grpc.aio.EOF:
                         self.attached.set()
                         for event in response.events:
                             await self._on_event(event)
+                        await self._on_tokens(response.new_tokens)
                 except grpc.aio.AioRpcError:
                     pass
                 except asyncio.CancelledError:
@@ -154,7 +158,18 @@ class FakeGateway:
                         raise
                 await asyncio.sleep(0.05)
 
+    async def _on_tokens(self, new: scheduler_pb2.NewTokens) -> None:
+        rest = list(new.token_ids)
+        for number, index, count in zip(new.numbers, new.indexes, new.counts, strict=True):
+            told, here, rest = self.numbers[number], rest[:count], rest[count:]
+            tokens = scheduler_pb2.RequestEvent.Tokens(index=index, token_ids=here)
+            await self._on_event(
+                scheduler_pb2.RequestEvent(request_id=told.request_id, attempt=told.attempt, tokens=tokens)
+            )
+
     async def _on_event(self, event: scheduler_pb2.RequestEvent) -> None:
+        if event.number:
+            self.numbers[event.number] = event
         client = self.clients.get(event.request_id)
         if event.WhichOneof("kind") == "resume_query":
             if self.mute:

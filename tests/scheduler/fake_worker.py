@@ -199,17 +199,17 @@ class Stream:
                 sequence.computed += 1
                 layout = self.worker.shapes[job.model]
                 assert sequence.computed <= sequence.groups * layout.tokens_per_block
-            self.step(job.job, batch)
+            steps += 1
+            self.step(job.job, batch, steps)
             for number in [n for n in batch if self.sequences[n].finished]:
                 batch.remove(number)
                 self.leave(number, busy=False)
-            steps += 1
         for number in batch:
             self.leave(number, busy=False)
         self.done(job.job, refused=refused, steps=steps, seconds=0.001 * steps)
 
-    def step(self, job: int, numbers: Sequence[int]) -> None:
-        event = worker_pb2.StepEvents(job=job)
+    def step(self, job: int, numbers: Sequence[int], steps: int = 1) -> None:
+        event = worker_pb2.StepEvents(job=job, steps=steps)
         for number in numbers:
             sequence = self.sequences[number]
             token = next_token(sequence.tokens)
@@ -221,6 +221,7 @@ class Stream:
             event.sequences.append(number)
             event.positions.append(len(sequence.tokens) - 1)
             event.token_ids.append(token)
+            event.counts.append(1)
             event.states.append(state)
             if sequence.opened.HasField("logprobs"):
                 chosen = common_pb2.TokenLogprob(token_id=token, logprob=-0.5)

@@ -69,7 +69,14 @@ class Harness:
 @asynccontextmanager
 async def running_worker(**settings: Any) -> AsyncIterator[Harness]:
     """A worker of the test's own, with a small arena unless `settings` say otherwise."""
-    values = {"id": "worker-t", "arena": 8 * 2**20, "block_bytes": 4096, "cores": 1, "slots": 8, **settings}
+    values: dict[str, Any] = {
+        "id": "worker-t",
+        "arena": 8 * 2**20,
+        "block_bytes": 4096,
+        "cores": 1,
+        "slots": 8,
+    }
+    values |= {"longest_wait": 0.0, **settings}  # every step is told at once
     worker = Worker(WorkerSettings(**values), incarnation="one")
     server = RpcServer("127.0.0.1:0", with_reflection=False)
     server.add(worker_pb2_grpc.add_WorkerServiceServicer_to_server, WorkerServicer(worker), SERVICE)
@@ -250,9 +257,11 @@ class Stream:
 
     def _on_step(self, step: worker_pb2.StepEvents) -> None:
         result = self._jobs[step.job]
-        for number, token, state in zip(step.sequences, step.token_ids, step.states, strict=True):
-            result.tokens.setdefault(number, []).append(token)
+        rest = list(step.token_ids)
+        for number, count, state in zip(step.sequences, step.counts, step.states, strict=True):
+            result.tokens.setdefault(number, []).extend(rest[:count])
             result.states[number] = state
+            rest = rest[count:]
         result.steps.append(step)
         result.first.set()
 

@@ -115,21 +115,25 @@ class AttachRequest(_message.Message):
 
     @_typing.final
     class Cancel(_message.Message):
-        """Stop this request wherever it is. Unknown ids are ignored."""
+        """Stop this request wherever it is. Unknown ids and numbers are ignored."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
         REQUEST_ID_FIELD_NUMBER: _builtins.int
+        NUMBER_FIELD_NUMBER: _builtins.int
         request_id: _builtins.str
         """The request."""
+        number: _builtins.int
+        """In place of request_id, where the gateway knows no more than this: what NewTokens call the request."""
         def __init__(
             self,
             *,
             request_id: _builtins.str = ...,
+            number: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "request_id", b"request_id"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -201,27 +205,77 @@ Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
 
 @_typing.final
 class AttachResponse(_message.Message):
-    """To a gateway."""
+    """To a gateway. Empty: the answer to hello."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENTS_FIELD_NUMBER: _builtins.int
+    NEW_TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestEvent]:
-        """In order. Empty: the answer to hello."""
+        """In order."""
+
+    @_builtins.property
+    def new_tokens(self) -> Global___NewTokens:
+        """Later than all of `events`."""
 
     def __init__(
         self,
         *,
         events: _abc.Iterable[Global___RequestEvent] | None = ...,
+        new_tokens: Global___NewTokens | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["new_tokens", b"new_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "new_tokens", b"new_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class NewTokens(_message.Message):
+    """New tokens of several requests: parallel arrays, but for token_ids. Tokens that begin or end a request, and those
+    with log-probabilities, come as events instead.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    INDEXES_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The requests, by RequestEvent.number; each once."""
+
+    @_builtins.property
+    def indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Index of a request's first token here in its output."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many tokens each request has here."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens, request after request."""
+
+    def __init__(
+        self,
+        *,
+        numbers: _abc.Iterable[_builtins.int] | None = ...,
+        indexes: _abc.Iterable[_builtins.int] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "indexes", b"indexes", "numbers", b"numbers", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NewTokens: _TypeAlias = NewTokens  # noqa: Y015
 
 @_typing.final
 class RequestEvent(_message.Message):
@@ -329,10 +383,15 @@ class RequestEvent(_message.Message):
     RESUME_QUERY_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     attempt: _builtins.int
     """Fencing number: events of an attempt older than the newest seen are dropped. Starts at 1."""
+    number: _builtins.int
+    """In Started and ResumeQuery: what NewTokens of this stream call the request in this attempt. Unique within the
+    scheduler's process. 0 elsewhere.
+    """
     @_builtins.property
     def started(self) -> Global___RequestEvent.Started:
         """A scheduler has pulled the request."""
@@ -358,10 +417,11 @@ class RequestEvent(_message.Message):
         resume_query: Global___RequestEvent.ResumeQuery | None = ...,
         tokens: Global___RequestEvent.Tokens | None = ...,
         failed: Global___RequestEvent.Failed | None = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "kind", b"kind", "resume_query", b"resume_query", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "failed", b"failed", "kind", b"kind", "request_id", b"request_id", "resume_query", b"resume_query", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "failed", b"failed", "kind", b"kind", "number", b"number", "request_id", b"request_id", "resume_query", b"resume_query", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["started", "resume_query", "tokens", "failed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

@@ -709,6 +709,7 @@ class DecodeJob(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    LEAD_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """Its number."""
     model: _builtins.str
@@ -717,6 +718,10 @@ class DecodeJob(_message.Message):
     """Most steps, at least 1."""
     share: _builtins.float
     """Compute share, in (0, 1]."""
+    lead: _builtins.int
+    """When this many steps are left, no token is held back, so that the scheduler hears in time to send the job that is to
+    follow.
+    """
     @_builtins.property
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The batch."""
@@ -729,10 +734,11 @@ class DecodeJob(_message.Message):
         sequences: _abc.Iterable[_builtins.int] | None = ...,
         steps: _builtins.int = ...,
         share: _builtins.float = ...,
+        lead: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "model", b"model", "sequences", b"sequences", "share", b"share", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "lead", b"lead", "model", b"model", "sequences", b"sequences", "share", b"share", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -872,7 +878,9 @@ Global___JobsResponse: _TypeAlias = JobsResponse  # noqa: Y015
 
 @_typing.final
 class StepEvents(_message.Message):
-    """Tokens of one step of one job: parallel arrays, one entry per sequence."""
+    """Tokens of one job: of a step, or of several steps that share a message because many sequences decode together. One
+    entry per sequence in each array, but for token_ids and logprobs.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -882,27 +890,35 @@ class StepEvents(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """The job."""
+    steps: _builtins.int
+    """Steps of the job that have ended. Tokens of other sequences may still be on their way."""
     @_builtins.property
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Sequences."""
+        """Sequences; each once."""
 
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Position of the token in the sequence, prompt included."""
+        """Position of the sequence's first token here, prompt included."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Sampled tokens."""
+        """Sampled tokens, sequence after sequence."""
 
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___SequenceState.ValueType]:
-        """How each stands now."""
+        """How each stands after its last token here."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Logprobs]:
-        """Empty if no sequence asked, else one entry per sequence (empty for those that did not)."""
+        """Empty if no sequence asked, else one entry per token (empty for those of sequences that did not)."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many tokens each sequence has here."""
 
     def __init__(
         self,
@@ -913,10 +929,12 @@ class StepEvents(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         states: _abc.Iterable[Global___SequenceState.ValueType] | None = ...,
         logprobs: _abc.Iterable[_common_pb2.Logprobs] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "logprobs", b"logprobs", "positions", b"positions", "sequences", b"sequences", "states", b"states", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "job", b"job", "logprobs", b"logprobs", "positions", b"positions", "sequences", b"sequences", "states", b"states", "steps", b"steps", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import structlog
@@ -27,14 +27,29 @@ OUTBOX = 100_000
 """Messages kept for a scheduler that is away. Losing one is harmless: it is said again when the scheduler
 tells of a request that the gateway does not wait for."""
 
-Handler = Callable[[scheduler_pb2.RequestEvent, str], scheduler_pb2.AttachRequest | None]
+
+class Listener(Protocol):
+    """Who is told what schedulers say; `RequestTable`."""
+
+    def begin(self, scheduler_id: str) -> None:
+        """A new stream of that scheduler begins."""
+
+    def receive(
+        self, new: scheduler_pb2.NewTokens, scheduler_id: str
+    ) -> Iterable[scheduler_pb2.AttachRequest]:
+        """New tokens of many requests; returns the answers."""
+
+    def handle(
+        self, event: scheduler_pb2.RequestEvent, scheduler_id: str
+    ) -> scheduler_pb2.AttachRequest | None:
+        """Something happened to a request; returns the answer, if there is one."""
 
 
 class SchedulerLink:
     """The stream to one scheduler."""
 
     def __init__(
-        self, entry: admin_pb2.ServiceEntry, gateway_id: str, handle: Handler, changed: Callable[[], None]
+        self, entry: admin_pb2.ServiceEntry, gateway_id: str, listener: Listener, changed: Callable[[], None]
     ) -> None:
         self.address = entry.address
         self.attached = False
@@ -44,7 +59,7 @@ class SchedulerLink:
         self._hello = scheduler_pb2.AttachRequest(
             hello=scheduler_pb2.AttachRequest.Hello(gateway_id=gateway_id)
         )
-        self._handle = handle
+        self._listener = listener
         self._changed = changed
         self._outbox: asyncio.Queue[scheduler_pb2.AttachRequest] = asyncio.Queue(OUTBOX)
         self._task = asyncio.create_task(self._run(), name=f"attach {entry.id}")
@@ -93,20 +108,27 @@ class SchedulerLink:
             if response is grpc.aio.EOF:
                 return
             self.attached = self._was_attached = True
+            self._listener.begin(self._id)
             log.info("attached", scheduler=self._id, address=self.address)
             self._changed()
             writer = asyncio.create_task(self._write(call), name=f"attach {self._id} writer")
             try:
                 while response is not grpc.aio.EOF:
-                    for event in response.events:
-                        answer = self._handle(event, self._id)
-                        if answer is not None:
-                            self.send(answer)
+                    self._hear(response)
                     response = await call.read()
             finally:
                 writer.cancel()
         finally:
             call.cancel()
+
+    def _hear(self, response: scheduler_pb2.AttachResponse) -> None:
+        for event in response.events:
+            answer = self._listener.handle(event, self._id)
+            if answer is not None:
+                self.send(answer)
+        if response.HasField("new_tokens"):
+            for reply in self._listener.receive(response.new_tokens, self._id):
+                self.send(reply)
 
     async def _write(self, call: Any) -> None:
         """Write what is sent. Ends with the stream."""
@@ -130,13 +152,12 @@ class SchedulerLinks:
     """Streams to all schedulers."""
 
     def __init__(
-        self, registry: Registry, gateway_id: str, handle: Handler, changed: Callable[[], None]
+        self, registry: Registry, gateway_id: str, listener: Listener, changed: Callable[[], None]
     ) -> None:
-        """`handle(event, scheduler_id)` returns the answer to an event. `changed` is called when a scheduler
-        comes or goes."""
+        """`changed` is called when a scheduler comes or goes."""
         self._registry = registry
         self._gateway_id = gateway_id
-        self._handle = handle
+        self._listener = listener
         self._changed = changed
         self._links: dict[str, SchedulerLink] = {}
 
@@ -174,5 +195,5 @@ class SchedulerLinks:
         for scheduler_id, entry in entries.items():
             if scheduler_id not in self._links:
                 self._links[scheduler_id] = SchedulerLink(
-                    entry, self._gateway_id, self._handle, self._changed
+                    entry, self._gateway_id, self._listener, self._changed
                 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from muxserve.gateway.pieces import Decoding, Kind
 
@@ -20,6 +21,10 @@ class Detokenizer(ABC):
     @abstractmethod
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; may be empty."""
+
+    def push_all(self, token_ids: Iterable[int]) -> str:
+        """The same for several tokens."""
+        return "".join(map(self.push, token_ids))
 
     @abstractmethod
     def flush(self) -> str:
@@ -56,6 +61,9 @@ class _ByteDetokenizer(Detokenizer):
 
     def push(self, token_id: int) -> str:
         return self._utf8.decode(self._bytes_of(token_id))
+
+    def push_all(self, token_ids: Iterable[int]) -> str:
+        return self._utf8.decode(b"".join(map(self._bytes_of, token_ids)))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

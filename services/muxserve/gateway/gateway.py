@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -36,6 +36,7 @@ STOPPING_RETRY = 1.0
 """Seconds after which clients of a gateway that stops are told to try again."""
 
 OnEnd = Callable[[Callable[[], None]], None]
+Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
 
 
 class Gateway:
@@ -61,7 +62,7 @@ class Gateway:
         self._empty = asyncio.Event()
         self._draining = False
         self.catalog = Catalog(self._threads, self._changed.set)
-        self._links = SchedulerLinks(registry, gateway_id, self._table.handle, self._changed.set)
+        self._links = SchedulerLinks(registry, gateway_id, self._table, self._changed.set)
 
     @property
     def ready(self) -> bool:
@@ -102,8 +103,9 @@ class Gateway:
         request_id: str,
         time_remaining: float | None,
         on_end: OnEnd,
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Serve a request. Raises ServiceError.
+        write: Write,
+    ) -> None:
+        """Serve a request, `write` its answer piece by piece. Raises ServiceError, and what `write` raises.
 
         `time_remaining` in seconds; `on_end` registers what to call when the call is over, however it ends.
         """
@@ -131,12 +133,13 @@ class Gateway:
             # Shielded: an admission that is on its way has to be known, to be withdrawn.
             await asyncio.shield(live.admission)
             text = SilentDetokenizer() if tokenizer is None else detokenizer(tokenizer.decoding)
-            output = Output(request_id, len(queued.prompt_tokens), text, StopMatcher(request.stop))
+            stops = StopMatcher(request.stop) if request.stop else None
+            output = Output(request_id, len(queued.prompt_tokens), text, stops)
             finish_reason = UNFINISHED
             while finish_reason == UNFINISHED:
                 response = output.respond(await live.take())
                 finish_reason = response.finish_reason
-                yield response
+                await write(response)
         finally:
             release()
 

@@ -17,7 +17,8 @@ class Output:
     request_id: str
     prompt_tokens: int
     detokenizer: Detokenizer
-    stops: StopMatcher
+    stops: StopMatcher | None
+    """None: no string ends it."""
     sent: int = 0
     """Tokens in earlier messages."""
 
@@ -26,26 +27,21 @@ class Output:
 
         Tokens after the one that completed the stop string are dropped and not counted.
         """
-        texts, stop, count = [], None, 0
-        for token_id in batch.token_ids:
-            count += 1
-            scan = self.stops.push(self.detokenizer.push(token_id))
-            texts.append(scan.text)
-            if scan.stop is not None:
-                stop = scan.stop
-                break
-        finish_reason = batch.finish_reason
-        if stop is None and finish_reason != UNFINISHED:
-            scan = self.stops.push(self.detokenizer.flush())
-            stop = scan.stop
-            texts += (scan.text, self.stops.flush() if stop is None else "")
-        if stop is not None:
-            finish_reason = common_pb2.FINISH_REASON_STOP
+        finish_reason, ends = batch.finish_reason, batch.finish_reason != UNFINISHED
+        count, stop = len(batch.token_ids), None
+        if self.stops is None:
+            text = self.detokenizer.push_all(batch.token_ids)
+            if ends:
+                text += self.detokenizer.flush()
+        else:
+            text, count, stop = self._scan(self.stops, batch.token_ids, ends)
+            if stop is not None:
+                finish_reason = common_pb2.FINISH_REASON_STOP
         response = inference_pb2.GenerateResponse(
             request_id=self.request_id,
             index=self.sent,
             token_ids=batch.token_ids[:count],
-            text="".join(texts),
+            text=text,
             logprobs=batch.logprobs[:count],
             finish_reason=finish_reason,
         )
@@ -55,3 +51,18 @@ class Output:
             response.usage.completion_tokens = self.sent
             response.stop_string = stop or ""
         return response
+
+    def _scan(self, stops: StopMatcher, token_ids: list[int], ends: bool) -> tuple[str, int, str | None]:
+        """The text of these tokens up to a stop string, how many tokens it took, and the stop string."""
+        texts = []
+        for count, token_id in enumerate(token_ids, 1):
+            scan = stops.push(self.detokenizer.push(token_id))
+            texts.append(scan.text)
+            if scan.stop is not None:
+                return "".join(texts), count, scan.stop
+        stop = None
+        if ends:
+            scan = stops.push(self.detokenizer.flush())
+            stop = scan.stop
+            texts += (scan.text, stops.flush() if stop is None else "")
+        return "".join(texts), len(token_ids), stop

@@ -7,6 +7,7 @@ token; older attempts and tokens that are here already are dropped.
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -51,6 +52,8 @@ class LiveRequest:
     """The newest attempt that was heard of; 0: no scheduler has it yet."""
     scheduler_id: str = ""
     """Who works on that attempt."""
+    number: int = 0
+    """What new tokens of that scheduler call it. 0: nothing yet."""
     token_ids: list[int] = field(default_factory=list)
     """All tokens received."""
     logprobs: list[common_pb2.Logprobs] = field(default_factory=list)
@@ -74,14 +77,26 @@ class LiveRequest:
     def receive(self, tokens: scheduler_pb2.RequestEvent.Tokens) -> bool:
         """Take over new tokens. False: they do not continue what is here, and the request has failed."""
         have, end = len(self.token_ids), tokens.index + len(tokens.token_ids)
-        if tokens.index > have or (tokens.finish_reason != UNFINISHED and end < have):
-            self.fail(Internal(f"tokens {tokens.index} to {end} do not continue the {have} received"))
+        if tokens.finish_reason != UNFINISHED and end < have:
+            self.fail(Internal(f"the end after {end} tokens does not continue the {have} received"))
             return False
-        known = have - tokens.index
-        self.token_ids.extend(tokens.token_ids[known:])
-        self.logprobs.extend(tokens.logprobs[known:])
+        if not self.extend(tokens.index, list(tokens.token_ids)):
+            return False
+        self.logprobs.extend(tokens.logprobs[have - tokens.index :])
         self.finish_reason = tokens.finish_reason
-        if end > have or self.over:
+        if self.over:
+            self._news.set()
+        return True
+
+    def extend(self, index: int, token_ids: list[int]) -> bool:
+        """Take over tokens from `index` on, those that are here already apart. False: they do not continue
+        what is here, and the request has failed."""
+        have = len(self.token_ids)
+        if index > have:
+            self.fail(Internal(f"tokens from {index} on do not continue the {have} received"))
+            return False
+        if index + len(token_ids) > have:
+            self.token_ids += token_ids[have - index :]
             self._news.set()
         return True
 
@@ -108,6 +123,8 @@ class RequestTable:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._live: dict[str, LiveRequest] = {}
+        self._numbers: dict[str, dict[int, LiveRequest]] = defaultdict(dict)
+        """By scheduler: what new tokens of its stream call the requests that it has told of."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -128,7 +145,29 @@ class RequestTable:
 
     def close(self, live: LiveRequest) -> bool:
         """Forget a request. False: it was forgotten before."""
+        if live.number:
+            self._numbers[live.scheduler_id].pop(live.number, None)
         return self._live.pop(live.id, None) is not None
+
+    def begin(self, scheduler_id: str) -> None:
+        """A new stream of that scheduler: its numbers mean nothing yet."""
+        self._numbers[scheduler_id] = {}
+
+    def receive(self, new: scheduler_pb2.NewTokens, scheduler_id: str) -> list[scheduler_pb2.AttachRequest]:
+        """Take note of new tokens; returns what to answer."""
+        answers = []
+        numbers, token_ids, end = self._numbers[scheduler_id], list(new.token_ids), 0
+        for number, index, count in zip(new.numbers, new.indexes, new.counts, strict=True):
+            start, end = end, end + count
+            live = numbers.get(number)
+            if live is None:
+                message = scheduler_pb2.AttachRequest.Cancel(number=number)
+                answers.append(scheduler_pb2.AttachRequest(cancel=message))
+            elif live.number != number or live.scheduler_id != scheduler_id or live.over:
+                continue  # an older attempt, or one that has ended here
+            elif not live.extend(index, token_ids[start:end]):
+                answers.append(cancel(live.id))
+        return answers
 
     def handle(
         self, event: scheduler_pb2.RequestEvent, scheduler_id: str
@@ -138,9 +177,12 @@ class RequestTable:
         kind = event.WhichOneof("kind")
         if live is None:
             return _gone(event) if kind == "resume_query" else cancel(event.request_id)
+        if event.number:
+            self._numbers[scheduler_id][event.number] = live
         if event.attempt < live.attempt:
             return None
         live.attempt, live.scheduler_id = event.attempt, scheduler_id
+        live.number = event.number or live.number
         match kind:
             case "tokens" if not live.over:
                 return None if live.receive(event.tokens) else cancel(live.id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import grpc
@@ -24,23 +23,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def Generate(
+    async def Generate(  # type: ignore[override]  # a coroutine that writes: grpc.aio takes both
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> None:
         request_id = f"req-{uuid.uuid4().hex}"
         try:
             if request.request_id:
                 check_request_id(request.request_id)
                 request_id = request.request_id
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
-            responses = self._gateway.generate(
+            await self._gateway.generate(
                 request,
                 request_id,
                 context.time_remaining(),
                 lambda release: context.add_done_callback(cast(Any, lambda _context: release())),
+                context.write,
             )
-            async for response in responses:
-                yield response
         except ServiceError as error:
             error.request_id = request_id
             raise

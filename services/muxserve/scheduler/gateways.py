@@ -8,7 +8,8 @@ the same way.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from muxserve.scheduler.requests import Event
 from muxserve.v1 import scheduler_pb2
 
 log = structlog.get_logger(__name__)
+
+NewTokens = scheduler_pb2.NewTokens
 
 GRACE = 5.0
 """Seconds that a gateway may be away before its requests are cancelled."""
@@ -31,7 +34,7 @@ KEEP = 30.0
 MAX_KEPT = 4096
 """Finished requests kept per gateway."""
 MAX_PENDING = 20_000
-"""Events that a gateway may be behind before its stream is ended."""
+"""Events and tokens that a gateway may be behind before its stream is ended."""
 MAX_BATCH_BYTES = 4 * 2**20
 """Bytes of one message, about."""
 
@@ -44,6 +47,9 @@ class RequestOwner(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """Drop that request, if it is here."""
+
+    def cancel_number(self, number: int) -> None:
+        """Drop the request with that number, if it is here."""
 
     def resume(self, answer: scheduler_pb2.AttachRequest.Resume) -> None:
         """Go on with a request of an earlier attempt, if it is here."""
@@ -64,21 +70,28 @@ class Final:
 
 
 class Attachment:
-    """One Attach stream: the events that wait to be written to it."""
+    """One Attach stream: what waits to be written to it."""
 
     def __init__(self, gateway: str, events: list[Event]) -> None:
         self.gateway = gateway
-        self._events = events
+        self._waiting: deque[Event | NewTokens] = deque(events)
+        self._behind = len(events)
+        """Events and tokens that wait."""
         self._some = asyncio.Event()
         self._closed = False
         if events:
             self._some.set()
 
-    def put(self, events: Iterable[Event]) -> bool:
-        """Add events. False: there are too many already, nothing was added."""
-        if len(self._events) > MAX_PENDING:
+    def put(self, events: Sequence[Event], new: NewTokens | None = None) -> bool:
+        """Add events, and tokens that are later than these. False: there is too much already, nothing was
+        added."""
+        if self._behind > MAX_PENDING:
             return False
-        self._events.extend(events)
+        self._waiting.extend(events)
+        self._behind += len(events)
+        if new is not None:
+            self._waiting.append(new)
+            self._behind += len(new.token_ids)
         self._some.set()
         return True
 
@@ -87,18 +100,23 @@ class Attachment:
         self._closed = True
         self._some.set()
 
-    async def next_batch(self) -> list[Event] | None:
-        """Events to write in one message, as soon as there are any. None: the stream is to end."""
+    async def next_batch(self) -> scheduler_pb2.AttachResponse | None:
+        """What to write in one message, as soon as there is anything. None: the stream is to end."""
         await self._some.wait()
         if self._closed:
             return None
-        size = count = 0
-        while count < len(self._events) and size < MAX_BATCH_BYTES:
-            size += self._events[count].ByteSize()
-            count += 1
-        batch = self._events[:count]
-        del self._events[:count]
-        if not self._events:
+        batch = scheduler_pb2.AttachResponse()
+        size = 0
+        while self._waiting and size < MAX_BATCH_BYTES:
+            each = self._waiting.popleft()
+            if not isinstance(each, Event):  # what is later needs a message of its own
+                batch.new_tokens.CopyFrom(each)
+                self._behind -= len(each.token_ids)
+                break
+            batch.events.append(each)
+            self._behind -= 1
+            size += each.ByteSize()
+        if not self._waiting:
             self._some.clear()
         return batch
 
@@ -122,6 +140,12 @@ class GatewayHub:
     def __init__(self) -> None:
         self._gateways: dict[str, Gateway] = {}
         self._owners: list[RequestOwner] = []
+        self._last_number = 0
+
+    def new_number(self) -> int:
+        """A number for a request, which no other request of this process has or had."""
+        self._last_number += 1
+        return self._last_number
 
     def add(self, owner: RequestOwner) -> None:
         """Its requests' events go through this hub from now on."""
@@ -157,10 +181,13 @@ class GatewayHub:
             gateway.attachment = None
             self._expect(attachment.gateway, gateway)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, what: scheduler_pb2.AttachRequest.Cancel) -> None:
         """A gateway does not want that request any more."""
         for owner in self._owners:
-            owner.cancel(request_id)
+            if what.number:
+                owner.cancel_number(what.number)
+            else:
+                owner.cancel(what.request_id)
 
     def resume(self, answer: scheduler_pb2.AttachRequest.Resume) -> None:
         """A gateway says how far a request had come."""
@@ -169,12 +196,12 @@ class GatewayHub:
 
     # To gateways
 
-    def send(self, name: str, events: list[Event]) -> None:
-        """Tell a gateway, at once or when it is back."""
+    def send(self, name: str, events: Sequence[Event], new: NewTokens | None = None) -> None:
+        """Tell a gateway, at once or when it is back, of events and of tokens that are later than these."""
         gateway = self._gateways.setdefault(name, Gateway())
         if gateway.attachment is None:
             self._expect(name, gateway)
-        elif not gateway.attachment.put(events):
+        elif not gateway.attachment.put(events, new):
             log.warning("gateway does not keep up; its stream is ended", gateway=name)
             self.detach(gateway.attachment)
 

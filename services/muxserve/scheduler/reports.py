@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
@@ -15,7 +16,7 @@ from muxserve.scheduler.policy.interface import JobEnded, Policy
 from muxserve.scheduler.requests import Event, Request
 from muxserve.scheduler.seats import Job, Seats
 from muxserve.scheduler.tally import Tally
-from muxserve.v1 import common_pb2, worker_pb2
+from muxserve.v1 import common_pb2, scheduler_pb2, worker_pb2
 
 log = structlog.get_logger(__name__)
 
@@ -29,6 +30,32 @@ FINISH = {
     worker_pb2.SEQUENCE_STATE_STOP: common_pb2.FINISH_REASON_STOP,
     worker_pb2.SEQUENCE_STATE_LENGTH: common_pb2.FINISH_REASON_LENGTH,
 }
+
+
+@dataclass(slots=True)
+class News:
+    """What a gateway is told of a message of the worker."""
+
+    events: list[Event] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    indexes: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    def add(self, number: int, index: int, token_ids: list[int]) -> None:
+        """Tokens of a request, from `index` of its output on."""
+        self.numbers.append(number)
+        self.indexes.append(index)
+        self.counts.append(len(token_ids))
+        self.token_ids += token_ids
+
+    def new_tokens(self) -> scheduler_pb2.NewTokens | None:
+        """None: there are none."""
+        if not self.numbers:
+            return None
+        return scheduler_pb2.NewTokens(
+            numbers=self.numbers, indexes=self.indexes, counts=self.counts, token_ids=self.token_ids
+        )
 
 
 class RequestKeeper(Protocol):
@@ -59,36 +86,46 @@ class Reports:
         self._tally = tally
 
     def on_step(self, step: worker_pb2.StepEvents) -> None:
-        """Tokens: one batch of events per gateway."""
-        events: dict[str, list[Event]] = defaultdict(list)
+        """Tokens: one message per gateway."""
+        job = self._seats.progress(step.job, step.steps)
+        if job is None:
+            return
+        news: dict[str, News] = defaultdict(News)
         ended: list[tuple[Request, Event]] = []
-        job = self._seats.jobs.get(step.job)
-        for index, number in enumerate(step.sequences):
+        token_ids, end, heard = list(step.token_ids), 0, 0
+        rows = zip(step.sequences, step.positions, step.counts, step.states, strict=True)
+        for number, position, count, state in rows:
+            start, end = end, end + count
             sequence = self._seats.sequences.get(number)
-            if job is None or sequence is None or (request := sequence.request) is None:
+            if sequence is None or (request := sequence.request) is None:
                 continue
-            if step.positions[index] != request.known:
-                self._disagree(
-                    request, f"token at position {step.positions[index]} instead of {request.known}"
-                )
+            if position != request.known:
+                self._disagree(request, f"token at position {position} instead of {request.known}")
                 continue
-            wants_logprobs = bool(step.logprobs) and request.queued.HasField("logprobs")
-            request.append(step.token_ids[index], step.logprobs[index] if wants_logprobs else None)
+            index, new = len(request.output), token_ids[start:end]
+            logprobs = step.logprobs[start:end] if request.queued.HasField("logprobs") else ()
+            request.extend(new, logprobs)
+            heard += count
             if job.kind == "decode":
-                sequence.computed = step.positions[index]
-                job.tokens += 1
-            self._tally.generated[request.model] += 1
-            finish = FINISH.get(step.states[index], common_pb2.FINISH_REASON_UNSPECIFIED)
-            event = request.tokens(len(request.output) - 1, finish)
-            events[request.gateway].append(event)
-            if finish:
-                ended.append((request, event))
-        for gateway, batch in events.items():
-            self._hub.send(gateway, batch)
+                sequence.computed = request.known - 1
+            finish = FINISH.get(state, common_pb2.FINISH_REASON_UNSPECIFIED)
+            if finish or logprobs or index == request.resumed_at:
+                event = request.tokens(index, finish)
+                news[request.gateway].events.append(event)
+                if finish:
+                    ended.append((request, event))
+            else:
+                news[request.gateway].add(request.number, index, new)
+        self._tally.generated[job.model] += heard
+        if job.kind == "decode":
+            job.tokens += heard
+        for gateway, told in news.items():
+            self._hub.send(gateway, told.events, told.new_tokens())
         if ended:
             self._leave([request for request, _ in ended])
             for request, event in ended:
                 self._owner.finish(request, event)
+        if ended or self._seats.ends_soon(job):
             self._owner.ask_turn()
 
     def _leave(self, requests: Iterable[Request]) -> None:

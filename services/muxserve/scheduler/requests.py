@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from muxserve.common.queue import Delivery
@@ -24,8 +25,8 @@ class Sequence:
     """Block groups that it holds, those reserved by a running job included."""
     computed: int = 0
     """Tokens whose KV is written."""
-    job: int | None = None
-    """The job it takes part in."""
+    jobs: list[int] = field(default_factory=list)
+    """The jobs it takes part in: the one that runs, and the one that is to follow it."""
     decoded: bool = False
     """Whether it has been in a decode job."""
 
@@ -36,7 +37,8 @@ class Request:
     that lost its blocks is computed from it, and a gateway that comes back gets it again."""
 
     number: int
-    """This unit's own; what policies call a sequence. Stays while sequences at the worker come and go."""
+    """What policies call a sequence, and gateways' new tokens the request. Unique within the process; stays
+    while sequences at the worker come and go."""
     entry_id: str
     attempt: int
     queued: scheduler_pb2.QueuedRequest
@@ -94,11 +96,10 @@ class Request:
         """Whether it can decode: all known tokens but the last are computed."""
         return self.sequence is not None and bool(self.output) and self.sequence.computed == self.known - 1
 
-    def append(self, token: int, logprobs: common_pb2.Logprobs | None) -> None:
-        """A token was sampled."""
-        self.output.append(token)
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
+    def extend(self, token_ids: list[int], logprobs: Iterable[common_pb2.Logprobs]) -> None:
+        """Tokens were sampled."""
+        self.output += token_ids
+        self.logprobs.extend(logprobs)
         self.troubles = 0
 
     def resume(self, emitted: list[int]) -> None:
@@ -120,8 +121,10 @@ class Request:
     def started(self) -> Event:
         """It is this scheduler's now; or the question what the gateway has, if that is not known."""
         if self.awaiting_resume:
-            return Event(request_id=self.id, attempt=self.attempt, resume_query=Event.ResumeQuery())
-        return Event(request_id=self.id, attempt=self.attempt, started=Event.Started())
+            query = Event.ResumeQuery()
+            return Event(request_id=self.id, attempt=self.attempt, number=self.number, resume_query=query)
+        started = Event.Started()
+        return Event(request_id=self.id, attempt=self.attempt, number=self.number, started=started)
 
     def tokens(self, index: int, finish: common_pb2.FinishReason.ValueType) -> Event:
         """Its tokens from `index` on, which is at least `resumed_at`."""

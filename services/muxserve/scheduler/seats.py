@@ -16,6 +16,10 @@ from muxserve.v1 import common_pb2, worker_pb2
 
 Send = Callable[[worker_pb2.JobsRequest], None]
 
+LEAD = 4
+"""Steps before a decode job's end when the job that is to follow it is decided on, so that it is at the
+worker in time."""
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -26,11 +30,17 @@ class Job:
     model: str
     share: float
     members: dict[int, Sequence] = field(default_factory=dict)
-    """By sequence number. One that is closed stays; one that finished while decoding has left."""
+    """By sequence number. One that is closed stays until the job that runs ends; one that finished while
+    decoding has left."""
     ends: dict[int, int] = field(default_factory=dict)
-    """Prefill: where each sequence's chunk ends."""
+    """Prefill: where each sequence's chunk ends. Decode: tokens known of each sequence after all steps,
+    unless it finishes before."""
     tokens: int = 0
     """Prefill: tokens to compute. Decode: tokens sampled so far."""
+    steps: int = 1
+    """Decode: most steps."""
+    steps_left: int = 1
+    """Decode: steps that were not heard of yet. Tokens of those that were may still be on their way."""
     ending: bool = False
     """Whether its lease was ended."""
 
@@ -116,14 +126,21 @@ class Seats:
     def decode(self, order: DecodeJob, requests: Iterable[Request]) -> None:
         """Send a decode job."""
         job = self._new_job("decode", order.model, order.share)
+        job.steps = job.steps_left = order.steps
         for request in requests:
             sequence = request.sequence
             assert sequence is not None, "the policy decodes what runs"
+            job.ends[sequence.number] = self.length(request) + order.steps
             # The last token's KV is never written.
-            self._join(job, sequence, min(request.known + order.steps - 1, request.limit - 1))
+            self._join(job, sequence, min(job.ends[sequence.number] - 1, request.limit - 1))
             sequence.decoded = True
         message = worker_pb2.DecodeJob(
-            job=job.number, model=job.model, sequences=job.members, steps=order.steps, share=job.share
+            job=job.number,
+            model=job.model,
+            sequences=job.members,
+            steps=order.steps,
+            share=job.share,
+            lead=LEAD,
         )
         self.send(worker_pb2.JobsRequest(decode=message))
 
@@ -144,30 +161,53 @@ class Seats:
             if sequence.number not in self.sequences:
                 continue
             numbers.append(sequence.number)
-            if sequence.job is None:
+            if not sequence.jobs:
                 del self.sequences[sequence.number]
-            else:
-                self.end_lease(sequence.job)
+            for job in sequence.jobs:
+                self.end_lease(job)
         if numbers:
             self.send(worker_pb2.JobsRequest(close=worker_pb2.CloseSequences(sequences=numbers)))
 
     # What came back
 
+    def progress(self, number: int, steps: int) -> Job | None:
+        """So many steps of that job have ended; the job, None: unknown."""
+        job = self.jobs.get(number)
+        if job is not None and job.kind == "decode":
+            job.steps_left = max(0, job.steps - steps)
+        return job
+
+    def ends_soon(self, job: Job) -> bool:
+        """Whether it is a decode job that will soon have run to its end, and no other waits to follow it."""
+        if job.kind != "decode" or job.ending or job.steps_left > LEAD:
+            return False
+        return not any(
+            each.number != job.number and each.kind == "decode" and each.model == job.model
+            for each in self.jobs.values()
+        )
+
+    def length(self, request: Request) -> int:
+        """Tokens known of a request when the job that it is in, if there is one, has run to its end."""
+        sequence = request.sequence
+        if sequence is None or not sequence.jobs:
+            return request.known
+        return max(self.jobs[number].ends.get(sequence.number, 0) for number in sequence.jobs)
+
     def leave(self, sequence: Sequence) -> None:
-        """It finished while decoding: the worker has taken it out of the job's batch."""
-        if sequence.job is not None and self.jobs[sequence.job].kind == "decode":
-            del self.jobs[sequence.job].members[sequence.number]
-            sequence.job = None
+        """It finished while decoding: the worker has taken it out of the job's batch, and will out of that of
+        the job that is to follow."""
+        if sequence.jobs and self.jobs[sequence.jobs[0]].kind == "decode":
+            self._withdraw(sequence)
 
     def end(self, number: int) -> Job | None:
-        """A job has ended: its members are in none now, and those that were closed are gone. None: unknown
+        """A job has ended: its members are out of it, and those that were closed are gone. None: unknown
         job."""
         job = self.jobs.pop(number, None)
         if job is None:
             return None
         for sequence in job.members.values():
-            sequence.job = None
-            if sequence.request is None:
+            sequence.jobs.remove(number)
+            if sequence.request is None and not sequence.jobs:
                 del self.sequences[sequence.number]
         return job
 
@@ -175,12 +215,19 @@ class Seats:
         """The worker has closed these itself; returns the requests that lost their seats."""
         lost = []
         for sequence in sequences:
+            self._withdraw(sequence)
             self.sequences.pop(sequence.number, None)
             if sequence.request is not None:
                 sequence.request.sequence = None
                 lost.append(sequence.request)
                 sequence.request = None
         return lost
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        """It takes part in no job any more."""
+        for number in sequence.jobs:
+            del self.jobs[number].members[sequence.number]
+        sequence.jobs.clear()
 
     def _new_job(self, kind: Literal["prefill", "decode"], model: str, share: float) -> Job:
         self._last += 1
@@ -189,7 +236,7 @@ class Seats:
 
     def _join(self, job: Job, sequence: Sequence, tokens: int) -> None:
         sequence.groups = max(sequence.groups, self.groups(job.model, tokens))
-        sequence.job = job.number
+        sequence.jobs.append(job.number)
         job.members[sequence.number] = sequence
 
     def _open(self, request: Request) -> Sequence:

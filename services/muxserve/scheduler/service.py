@@ -41,8 +41,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         )
         try:
             yield scheduler_pb2.AttachResponse()
-            while (events := await attachment.next_batch()) is not None:
-                yield scheduler_pb2.AttachResponse(events=events)
+            while (batch := await attachment.next_batch()) is not None:
+                yield batch
         finally:
             reader.cancel()
             self._scheduler.hub.detach(attachment)
@@ -56,7 +56,7 @@ async def _read(
         async for request in requests:
             match request.WhichOneof("kind"):
                 case "cancel":
-                    hub.cancel(request.cancel.request_id)
+                    hub.cancel(request.cancel)
                 case "resume":
                     hub.resume(request.resume)
                 case _:

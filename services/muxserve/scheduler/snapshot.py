@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from muxserve.scheduler.policy.interface import ModelSnapshot, Pool, Running, RunningJob, Snapshot, Waiting
 from muxserve.scheduler.requests import Request
@@ -22,9 +22,10 @@ def take(
     names = sorted(name for name in seats.shapes if name in configs)
     waiting: dict[str, list[Waiting]] = defaultdict(list)
     running: dict[str, list[Running]] = defaultdict(list)
+    soon = {job.number for job in seats.jobs.values() if seats.ends_soon(job)}
     for request in requests:
         if request.running:
-            running[request.model].append(_running(request))
+            running[request.model].append(_running(request, seats, soon))
         elif not request.awaiting_resume and request.not_before <= now:
             waiting[request.model].append(_waiting(request))
     open_sequences: Counter[str] = Counter()
@@ -50,7 +51,10 @@ def take(
         for name in names
     )
     jobs = tuple(
-        RunningJob(job.number, job.kind, job.model, job.share, job.ending) for job in seats.jobs.values()
+        RunningJob(
+            job.number, job.kind, job.model, job.share, job.ending, job.number in soon, job.steps_left <= 1
+        )
+        for job in seats.jobs.values()
     )
     return Snapshot(models, Pool(seats.total_blocks, seats.available), jobs, seats.cores)
 
@@ -66,19 +70,24 @@ def _waiting(request: Request) -> Waiting:
         computed=sequence.computed,
         groups=sequence.groups,
         open=True,
-        in_job=sequence.job is not None,
+        in_job=bool(sequence.jobs),
     )
 
 
-def _running(request: Request) -> Running:
+def _running(request: Request, seats: Seats, soon: Collection[int]) -> Running:
+    """`soon`: jobs that end soon."""
     sequence = request.sequence
     assert sequence is not None, "what runs has a seat"
+    length, renew = request.known, False
+    if sequence.jobs and sequence.jobs[0] in soon and (after := seats.length(request)) < request.limit:
+        length, renew = after, True
     return Running(
         request.number,
         request.arrival,
-        request.known,
+        length,
         request.limit,
         sequence.groups,
-        in_job=sequence.job is not None,
+        in_job=bool(sequence.jobs),
         decoded=sequence.decoded,
+        renew=renew,
     )

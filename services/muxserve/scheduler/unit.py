@@ -32,7 +32,7 @@ from muxserve.scheduler.policy.interface import (
 )
 from muxserve.scheduler.reports import Reports
 from muxserve.scheduler.requests import Event, Request
-from muxserve.scheduler.seats import Seats, Send
+from muxserve.scheduler.seats import LEAD, Seats, Send
 from muxserve.scheduler.tally import Tally
 from muxserve.v1 import admin_pb2, common_pb2, inference_pb2, scheduler_pb2, worker_pb2
 
@@ -68,7 +68,6 @@ class Unit:
         self._ending: set[tuple[str, str]] = set()
         """(model, entry) of finished requests that are not acknowledged yet."""
         self._turn_due = False
-        self._last_number = 0
         self._tally = Tally()
         self._reports = Reports(self, self.seats, policy, hub, self._tally)
 
@@ -132,8 +131,7 @@ class Unit:
 
     def deliver(self, delivery: Delivery) -> None:
         """A request from the queue."""
-        self._last_number += 1
-        request = Request.from_delivery(self._last_number, delivery)
+        request = Request.from_delivery(self._hub.new_number(), delivery)
         if (before := self._requests.get(request.id)) is not None:
             if before.entry_id == delivery.entry_id:
                 before.attempt = max(before.attempt, delivery.attempt)
@@ -164,6 +162,11 @@ class Unit:
         if (request := self._requests.get(request_id)) is not None:
             self._drop(request)
             self._acks.add(request.model, request.entry_id)
+
+    def cancel_number(self, number: int) -> None:
+        """See `RequestOwner`."""
+        if (request := self._by_number.get(number)) is not None:
+            self.cancel(request.id)
 
     def resume(self, answer: scheduler_pb2.AttachRequest.Resume) -> None:
         """See `RequestOwner`."""
@@ -306,6 +309,8 @@ class Unit:
             case DecodeJob():
                 self._tally.jobs["decode"] += 1
                 self.seats.decode(decision, [self._by_number[number] for number in decision.sequences])
+                if decision.steps <= LEAD:  # the job that is to follow may be sent at once
+                    self.ask_turn()
             case Preempt(number):
                 request = self._by_number[number]
                 self._tally.preemptions[request.model] += 1

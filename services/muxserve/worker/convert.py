@@ -7,7 +7,8 @@ from muxserve.engine.messages import LENGTH, STOP, UNFINISHED, Sampling, TokenLo
 from muxserve.v1 import common_pb2, worker_pb2
 from muxserve.worker.executors import ExecutorProcess
 from muxserve.worker.models import LoadedModel, ModelChoice
-from muxserve.worker.orders import Chunk, DecodeOrder, Ended, Opening, Outcome, PrefillOrder, Refused, Tokens
+from muxserve.worker.orders import Chunk, DecodeOrder, Ended, Opening, Outcome, PrefillOrder, Refused
+from muxserve.worker.pacing import Progress
 from muxserve.worker.shapes import ServedShape
 from muxserve.worker.worker import PoolReport, Worker
 
@@ -81,7 +82,8 @@ def prefill_order(message: worker_pb2.PrefillJob) -> PrefillOrder:
 def decode_order(message: worker_pb2.DecodeJob) -> DecodeOrder:
     """A decode job; 0 steps are read as 1. Raises InvalidArgument for a share that is none."""
     steps = max(1, message.steps)
-    return DecodeOrder(message.job, message.model, tuple(message.sequences), steps, _share(message.share))
+    sequences = tuple(message.sequences)
+    return DecodeOrder(message.job, message.model, sequences, steps, _share(message.share), message.lead)
 
 
 def _share(share: float) -> float:
@@ -90,16 +92,19 @@ def _share(share: float) -> float:
     return share
 
 
-def step_events(tokens: Tokens) -> worker_pb2.StepEvents:
-    """Tokens of a step."""
-    step = tokens.step
+def step_events(progress: Progress) -> worker_pb2.StepEvents:
+    """Tokens of a job."""
+    runs = progress.runs.values()
+    token_ids = [token for run in runs for token in run.tokens]
     return worker_pb2.StepEvents(
-        job=tokens.job,
-        sequences=tokens.sequences,
-        positions=step.positions,
-        token_ids=step.tokens,
-        states=[_STATES[finished] for finished in step.finished],
-        logprobs=[_logprobs(*each) for each in zip(step.tokens, step.logprobs, strict=False)],
+        job=progress.job,
+        steps=progress.steps,
+        sequences=progress.runs,
+        positions=[run.position for run in runs],
+        counts=[len(run.tokens) for run in runs],
+        token_ids=token_ids,
+        states=[_STATES[run.finished] for run in runs],
+        logprobs=[_logprobs(*each) for each in zip(token_ids, progress.logprobs, strict=False)],
     )
 
 

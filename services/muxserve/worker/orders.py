@@ -54,6 +54,8 @@ class DecodeOrder:
     sequences: tuple[int, ...]
     steps: int
     share: float
+    lead: int = 0
+    """When this many steps are left, no token is held back."""
 
 
 Order = PrefillOrder | DecodeOrder

@@ -11,7 +11,8 @@ import grpc
 from muxserve.common.errors import InvalidArgument
 from muxserve.v1 import worker_pb2, worker_pb2_grpc
 from muxserve.worker import convert
-from muxserve.worker.orders import Ended, Tokens
+from muxserve.worker.orders import Ended
+from muxserve.worker.pacing import Progress
 from muxserve.worker.session import Event, Session
 from muxserve.worker.worker import Worker
 
@@ -69,7 +70,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     def _response(self, event: Event) -> worker_pb2.JobsResponse:
         match event:
-            case Tokens():
+            case Progress():
                 return worker_pb2.JobsResponse(step=convert.step_events(event))
             case Ended():
                 return worker_pb2.JobsResponse(done=convert.job_done(event))

@@ -13,6 +13,7 @@ from muxserve.engine.pool import BlockPool
 from muxserve.worker.lanes import Lanes
 from muxserve.worker.models import ModelTable
 from muxserve.worker.orders import DecodeOrder, Ended, Opening, PrefillOrder, Tokens
+from muxserve.worker.pacing import Pacer, Progress
 from muxserve.worker.sequences import SequenceBook
 
 log = structlog.get_logger(__name__)
@@ -23,7 +24,7 @@ class StateChanged:
     """Models or executors have changed: the scheduler is to be told how the worker stands."""
 
 
-Event = Tokens | Ended | StateChanged
+Event = Progress | Ended | StateChanged
 
 
 class Session:
@@ -33,21 +34,38 @@ class Session:
     memory: it gets no new tokens for jobs that it does not send.
     """
 
-    def __init__(self, scheduler: str, epoch: int, lanes: Lanes, models: ModelTable, pool: BlockPool) -> None:
+    def __init__(
+        self,
+        scheduler: str,
+        epoch: int,
+        lanes: Lanes,
+        models: ModelTable,
+        pool: BlockPool,
+        longest_wait: float = 0.0,
+    ) -> None:
+        """`longest_wait`: of a token for those of later steps, in seconds."""
         self.scheduler = scheduler
         self.epoch = epoch
         self.book = SequenceBook(models, pool)
         self._lanes = lanes
         self._models = models
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._pacer = Pacer(longest_wait, self._events.put_nowait)
         self._quota_revision = 0
         self._closing: asyncio.Task[None] | None = None
         self.replaced = False
 
-    def send(self, event: Event) -> None:
+    def send(self, event: Tokens | Ended | StateChanged) -> None:
         """Queue an event for the stream."""
-        if self._closing is None:
-            self._events.put_nowait(event)
+        if self._closing is not None:
+            return
+        match event:
+            case Tokens():
+                self._pacer.tokens(event)
+            case Ended():
+                self._pacer.ended(event)
+            case StateChanged():
+                self._events.put_nowait(event)
 
     async def next_event(self) -> Event | None:
         """The next event; None: the stream is to end. Raises Aborted if a newer stream has replaced it."""
@@ -69,6 +87,7 @@ class Session:
     def decode(self, order: DecodeOrder) -> None:
         """Run decode steps."""
         if self._closing is None:
+            self._pacer.ordered(order)
             self._lanes.decode.submit(self, order)
 
     def end_lease(self, job: int) -> None:
@@ -99,6 +118,7 @@ class Session:
 
     async def _close(self) -> None:
         left = len(self.book)
+        self._pacer.flush()  # its timer must not outlive the session
         self.book.close_all()
         await self._lanes.drop(self)
         log.info("jobs stream closed", scheduler=self.scheduler, epoch=self.epoch, sequences_freed=left)

@@ -65,7 +65,9 @@ class Worker:
             on_change=self._changed,
         )
         self.sessions = Sessions(
-            lambda scheduler, epoch: Session(scheduler, epoch, self.lanes, self.models, self.pool)
+            lambda scheduler, epoch: Session(
+                scheduler, epoch, self.lanes, self.models, self.pool, settings.longest_wait
+            )
         )
 
     async def start(self) -> None:

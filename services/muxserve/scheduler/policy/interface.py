@@ -52,6 +52,9 @@ class Running:
     """Whether it is in a decode job."""
     decoded: bool = False
     """Whether it has been in one since its prefill."""
+    renew: bool = False
+    """Whether its job ends soon, so that it may be given to the one that is to follow. `length` is then what
+    it will be at that end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,11 @@ class RunningJob:
     share: float
     ending: bool = False
     """Whether its lease was ended already."""
+    ends_soon: bool = False
+    """Whether it is a decode job near its end: the one that is to follow may be started, and runs when this
+    one has ended."""
+    last_step: bool = False
+    """Whether it will end with the step that runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class Plan:
         self._preempted: set[int] = set()
         self._started: set[int] = set()
         """Sequences in jobs that were decided here: they do not give way before the next decision."""
-        self._decoding = {job.model for job in snapshot.jobs if job.kind == "decode"}
+        self._decoding = {job.model for job in snapshot.jobs if job.kind == "decode" and not job.ends_soon}
 
     # Prefill
 
@@ -121,7 +121,9 @@ class Plan:
 
     def prefill(self, model: ModelSnapshot, chunks: tuple[Chunk, ...]) -> None:
         """Start that job; beside decodes it gets its share only."""
-        beside = bool(self._decoding) or any(m.running for m in self.models.values())
+        beside = any(job.kind == "decode" for job in self.jobs) or any(
+            m.running for m in self.models.values()
+        )
         share = self.options.prefill_share if beside else 1.0
         self.decisions.append(PrefillJob(model.model, chunks, share))
         self.prefilling = True
@@ -130,9 +132,14 @@ class Plan:
     # Decode
 
     def idle(self, model: ModelSnapshot, in_jobs: bool = False) -> list[Running]:
-        """Sequences that can decode, oldest first: those in no job, or all with `in_jobs`."""
+        """Sequences that a decode job may have, oldest first: those in none or in one that ends soon, or all
+        with `in_jobs`."""
         gone = self._preempted
-        return [r for r in self._running[model.model] if (in_jobs or not r.in_job) and r.sequence not in gone]
+        return [
+            r
+            for r in self._running[model.model]
+            if (in_jobs or r.renew or not r.in_job) and r.sequence not in gone
+        ]
 
     def anybody_decodes(self) -> bool:
         """Whether some sequence that was in a decode job before is still to go on."""
@@ -146,7 +153,7 @@ class Plan:
 
     def decodable(self) -> list[str]:
         """Models that could start a decode job, by name; none if enough are started."""
-        started = sum(job.kind == "decode" for job in self.jobs)
+        started = sum(job.kind == "decode" and not job.ends_soon for job in self.jobs)
         started += sum(isinstance(decision, DecodeJob) for decision in self.decisions)
         if started >= self.options.decode_jobs:
             return []
@@ -161,6 +168,8 @@ class Plan:
         steps = self._steps(model, batch)
         while steps > 1 and sum(self.growth(model, r, steps) for r in batch) > self.available:
             steps //= 2
+        if any(r.renew for r in batch) and sum(self.growth(model, r, steps) for r in batch) > self.available:
+            return False  # nobody gives way for a job that has time until the one before it ends
         taken = []
         for running in batch:
             need = self.growth(model, running, steps)
@@ -181,11 +190,16 @@ class Plan:
     def end_leases(self, joins: Callable[[ModelSnapshot, Running], bool]) -> None:
         """End leases that keep a prefill from its share, or a sequence for which `joins` from its batch."""
         for job in self.jobs:
-            if job.kind != "decode" or job.ending or job.model not in self.models:
+            if job.kind != "decode" or job.ending or job.last_step or job.model not in self.models:
                 continue
             crowds = self.prefilling and job.share > self.options.decode_share
             model = self.models[job.model]
-            joiners = (r for r in self.idle(model) if self.growth(model, r, 1) <= self.available)
+            joiners = (
+                r
+                for r in self.idle(model)
+                if not r.in_job
+                and (r.sequence in self._started or self.growth(model, r, 1) <= self.available)
+            )
             if crowds or any(joins(model, running) for running in joiners):
                 self.decisions.append(EndLease(job.job))
 

@@ -1,0 +1,1 @@
+"""What gateway, scheduler, worker and client cost per token, over an engine that is simulated."""

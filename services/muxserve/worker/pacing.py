@@ -1,0 +1,163 @@
+"""`Pacer`: when the tokens of decode steps go out.
+
+A message costs scheduler, gateway and client the same whether it brings a sequence one token or four, and
+where cores are few that cost is taken from the engine. So while many sequences decode together, several steps
+share a message. It is done here, where tokens come from, so that everybody on their way is spared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from muxserve.engine.messages import UNFINISHED, Step, TokenLogprobs
+from muxserve.worker.orders import DecodeOrder, Ended, Outcome, Tokens
+
+PER_SEQUENCE = 0.003
+"""Seconds that each sequence beyond the first adds to the time that a token may wait."""
+
+
+@dataclass(slots=True)
+class Run:
+    """Consecutive tokens of one sequence."""
+
+    position: int
+    """Of the first one."""
+    tokens: list[int]
+    finished: int = UNFINISHED
+    """How the sequence stands after the last one."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Tokens of one job that go out together."""
+
+    job: int
+    steps: int = 0
+    """Steps of the job that have ended."""
+    runs: dict[int, Run] = field(default_factory=dict)
+    """By sequence."""
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """One per run, of one token each then; or empty."""
+
+    @staticmethod
+    def of(tokens: Tokens, steps: int) -> Progress:
+        """Of one step."""
+        progress = Progress(tokens.job, logprobs=tokens.step.logprobs)
+        progress.add(tokens.sequences, tokens.step, steps)
+        return progress
+
+    def add(self, sequences: tuple[int, ...], step: Step, steps: int) -> None:
+        """Another step of the same job."""
+        self.steps = steps
+        runs = self.runs
+        rows = zip(sequences, step.positions, step.tokens, step.finished, strict=True)
+        for number, position, token, finished in rows:
+            run = runs.get(number)
+            if run is None:
+                runs[number] = Run(position, [token], finished)
+            else:
+                run.tokens.append(token)
+                run.finished = finished
+
+    def take_finished(self) -> Progress:
+        """The part of sequences that have finished, which is no longer in this one."""
+        part = Progress(self.job, self.steps)
+        for number in [number for number, run in self.runs.items() if run.finished != UNFINISHED]:
+            part.runs[number] = self.runs.pop(number)
+        return part
+
+
+@dataclass(slots=True)
+class _Lease:
+    """A decode job that has not ended."""
+
+    order: DecodeOrder
+    steps: int = 0
+    """Steps that have ended."""
+
+    @property
+    def left(self) -> int:
+        return self.order.steps - self.steps
+
+
+class Pacer:
+    """The rule: while n sequences decode together, a token waits for those of later steps for at most
+    min(longest, (n - 1) * PER_SEQUENCE) seconds, and only if the next step is likely to come within that
+    time.
+
+    So the tokens of a lone sequence never wait. Nor do the tokens of a prefill job, those that finish a
+    sequence, and log-probabilities. When `lead` steps of a job are left, and when it ends without another one
+    that follows it, nothing is held back. Order is kept for each sequence, and a job's end comes after all of
+    its tokens.
+    """
+
+    def __init__(self, longest: float, send: Callable[[Progress | Ended], None]) -> None:
+        """`longest` in seconds; 0: nothing ever waits."""
+        self._longest = longest
+        self._send = send
+        self._leases: dict[int, _Lease] = {}
+        """In the order in which they came."""
+        self._held: list[Progress | Ended] = []
+        self._due = 0.0
+        self._last_step = float("-inf")
+        self._timer: asyncio.TimerHandle | None = None
+
+    def ordered(self, order: DecodeOrder) -> None:
+        """That decode job will run."""
+        self._leases[order.job] = _Lease(order)
+
+    def tokens(self, tokens: Tokens) -> None:
+        """A step has ended."""
+        lease = self._leases.get(tokens.job)
+        if lease is None:
+            self._send(Progress.of(tokens, steps=1))
+            return
+        lease.steps += 1
+        if tokens.step.logprobs:
+            self.flush()
+            self._send(Progress.of(tokens, lease.steps))
+            return
+        progress = self._held[-1] if self._held else None
+        if not isinstance(progress, Progress) or progress.job != tokens.job:
+            progress = Progress(tokens.job)
+            self._held.append(progress)
+        progress.add(tokens.sequences, tokens.step, lease.steps)
+        self._pace(len(tokens.sequences), lease.left == lease.order.lead)
+        if self._held and any(tokens.step.finished):
+            self._send(progress.take_finished())
+
+    def ended(self, ended: Ended) -> None:
+        """A job has ended."""
+        lease = self._leases.pop(ended.job, None)
+        if lease is None:
+            self._send(ended)
+            return
+        self._held.append(ended)
+        as_asked = not lease.left and ended.outcome is Outcome.OK and not ended.refused
+        followed = any(other.order.model == lease.order.model for other in self._leases.values())
+        if not (as_asked and followed):
+            self.flush()
+
+    def flush(self) -> None:
+        """Hold nothing back."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        held, self._held = self._held, []
+        for each in held:
+            if isinstance(each, Ended) or each.runs:
+                self._send(each)
+
+    def _pace(self, sequences: int, at_once: bool) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        gap, self._last_step = now - self._last_step, now
+        wait = min(self._longest, PER_SEQUENCE * (sequences - 1))
+        if self._timer is None:
+            self._due = now + wait
+        if at_once or now + gap > self._due:
+            self.flush()
+        elif self._timer is None:
+            self._timer = loop.call_at(self._due, self.flush)
