@@ -14,6 +14,14 @@ from torch import Tensor
 
 from muxserve.engine.messages import LENGTH, STOP, UNFINISHED, Sampling
 from muxserve.engine.sampler import Sampled, SamplerError, SamplingBatch, ranked, sample, uniforms
+from tests.engine.sampling import (
+    assert_chi_square,
+    coarse_logits,
+    distribution,
+    interval,
+    penalised,
+    signed,
+)
 
 CONTEXT = 12
 FAR = CONTEXT + 100
@@ -22,11 +30,6 @@ FAR = CONTEXT + 100
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def signed(bits: int) -> int:
-    """A uint64 as the int64 with the same bits."""
-    return bits - 2**64 if bits >= 2**63 else bits
 
 
 def draw(
@@ -40,37 +43,6 @@ def draw(
     sampled = sample(logits, batch, torch.tensor(positions), tokens)
     assert torch.equal(logits, before)
     return sampled
-
-
-def penalised(logits: list[float], tokens: list[int], parameters: Sampling) -> list[float]:
-    """tokens: the known ones, prompt first."""
-    found = list(logits)
-    for token in set(tokens):
-        r = parameters.repetition_penalty
-        found[token] = found[token] / r if found[token] > 0 else found[token] * r
-    output = tokens[parameters.prompt_length :]
-    for token in set(output):
-        found[token] -= parameters.frequency_penalty * output.count(token) + parameters.presence_penalty
-    return found
-
-
-def distribution(logits: list[float], parameters: Sampling) -> dict[int, float]:
-    """Token → probability after temperature, min_p, top_k and top_p, each on what the one before left."""
-    best = max(logits)
-    weights = {i: math.exp((x - best) / parameters.temperature) for i, x in enumerate(logits)}
-    weights = {i: w for i, w in weights.items() if w >= parameters.min_p}
-    order = sorted(weights, key=lambda i: (-logits[i], i))
-    if parameters.top_k > 0:
-        order = order[: parameters.top_k]
-    total = sum(weights[i] for i in order)
-    kept: list[int] = []
-    mass = 0.0
-    for i in order:
-        if kept and mass >= parameters.top_p * total:
-            break
-        kept.append(i)
-        mass += weights[i]
-    return {i: weights[i] / mass for i in kept}
 
 
 @st.composite
@@ -92,11 +64,6 @@ def parameters(draw_: st.DrawFn, *, random: bool | None = None, logprobs: bool =
     )
 
 
-def coarse_logits(rows: int, vocabulary: int, generator: torch.Generator) -> Tensor:
-    """Multiples of 1/4, so that ties are everywhere, as with bfloat16 weights, and penalties stay exact."""
-    return (torch.randn(rows, vocabulary, generator=generator) * 12).round() / 4
-
-
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_what_is_drawn_is_in_the_support_of_the_reference_and_at_its_quantile(data: st.DataObject) -> None:
@@ -110,12 +77,8 @@ def test_what_is_drawn_is_in_the_support_of_the_reference_and_at_its_quantile(da
     uniform = uniforms(torch.tensor([signed(r.seed) for r in rows]), torch.tensor(positions)).tolist()
     for r, row in enumerate(rows):
         scores = penalised(logits[r].tolist(), tokens[r, : positions[r]].tolist(), row)
-        support = distribution(scores, row)
-        assert got[r] in support
-        # Inverse CDF: in rank order where there is a filter by rank, in id order where there is none.
-        order = list(support) if row.top_k or row.top_p < 1 else sorted(support)
-        before = sum(support[i] for i in order[: order.index(got[r])])
-        assert before - 1e-5 <= uniform[r] <= before + support[got[r]] + 1e-5
+        low, high = interval(scores, row, got[r])
+        assert low - 1e-5 <= uniform[r] <= high + 1e-5
 
 
 @settings(max_examples=60, deadline=None)
@@ -177,18 +140,6 @@ def test_many_seeds_follow_the_distribution(row: Sampling) -> None:
     seen = torch.bincount(got.tokens, minlength=40)
     assert set(seen.nonzero().flatten().tolist()) <= set(expected)
     assert_chi_square([int(seen[i]) for i in expected], [p * count for p in expected.values()])
-
-
-def assert_chi_square(seen: Sequence[float], expected: Sequence[float]) -> None:
-    """Cells that expect under five are pooled. The bound is 5 standard deviations of the statistic."""
-    large = [i for i, e in enumerate(expected) if e >= 5]
-    small = [i for i, e in enumerate(expected) if e < 5]
-    cells = [(seen[i], expected[i]) for i in large]
-    if sum(expected[i] for i in small) >= 5:
-        cells.append((sum(seen[i] for i in small), sum(expected[i] for i in small)))
-    statistic = sum((s - e) ** 2 / e for s, e in cells)
-    freedom = max(len(cells) - 1, 1)
-    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
 
 
 def test_uniforms_are_uniform_and_independent_over_neighbouring_seeds_and_positions() -> None:
