@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muxserve.engine.cpu.errors import JobError, UnallocatedBlockError
-from muxserve.engine.cpu.library import ABSENT, NO_BLOCK, NOT_FINITE, PARTS, SAMPLING, Job
+from muxserve.engine.cpu.library import ABSENT, NO_BLOCK, NO_TOKEN, NOT_FINITE, PARTS, SAMPLING, Job
 from muxserve.engine.cpu.model import NativeModel
 from muxserve.engine.messages import DecodeJob, PrefillJob, Sampling, Step, TokenLogprobs
 
@@ -93,7 +93,10 @@ class NativeJob:
             return None
         if self.struct.failure == NO_BLOCK:
             return UnallocatedBlockError(self.struct.failed_layer)
-        return JobError(f'model "{self.model}" has no such slot, position or token')
+        if self.struct.failure == NO_TOKEN:
+            vocab = self._native_model.spec.vocab_size
+            return JobError(f'a known token is not one of the {vocab} of model "{self.model}"')
+        return JobError(f'model "{self.model}" has no such slot or position')
 
     def stop(self) -> None:
         """End after the step that runs."""

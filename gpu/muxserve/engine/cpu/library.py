@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent / "native"
 PARTS = ("matrices", "attention", "sampling", "rest")
 """Where a job's time goes, in the order of `Job.parts`."""
 
-NO_BLOCK, OUT_OF_RANGE = 1, 2
+NO_BLOCK, OUT_OF_RANGE, NO_TOKEN = 1, 2, 3
 """`Job.failure`."""
 
 NOT_FINITE, ABSENT = 3, -1

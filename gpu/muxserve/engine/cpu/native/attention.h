@@ -95,12 +95,6 @@ INLINE Floats dot_keys(const uint32_t* query, const uint32_t* keys, int64_t coun
     return sums(parts);
 }
 
-// Two vectors that hold the words of two tokens → the pairs that mac wants, in the order of dimensions.
-template <int FIRST, int... I>
-INLINE Words interleave(Halves a, Halves b, std::integer_sequence<int, I...>) {
-    return (Words)__builtin_shufflevector(a, b, (FIRST + I / 2 + (I % 2 ? 2 * LANES : 0))...);
-}
-
 // Adds `count` tokens' values, weighted, to `out[g]`: LANES words of each token, or the `words` that are left.
 template <class Type, int G, bool WHOLE>
 INLINE void add_values(
@@ -121,11 +115,10 @@ INLINE void add_values(
         if constexpr (V == 1) {
             parts[0] = fetch(t);
         } else {
-            using Order = std::make_integer_sequence<int, 2 * LANES>;
             // The partner of an odd last token has weight 0 and must not be NaN: the token itself will do.
             Halves a = (Halves)fetch(t), b = (Halves)fetch(t + 1 < count ? t + 1 : t);
-            parts[0] = interleave<0>(a, b, Order{});
-            parts[1] = interleave<LANES>(a, b, Order{});
+            parts[0] = interleave<0>(a, b);
+            parts[1] = interleave<LANES>(a, b);
         }
 #pragma GCC unroll 8
         for (int g = 0; g < G; g++) {
@@ -250,7 +243,8 @@ bool attend_prompt(
     const int64_t tokens = blocks.model.block_tokens, dim = blocks.model.head_dim, words = blocks.row;
     const int64_t rows = (last - first) * heads, panels = (rows + PANEL - 1) / PANEL, width = panels * PANEL;
     const int64_t columns = (words * Type::PER_WORD + PANEL - 1) / PANEL, out_row = columns * PANEL;
-    const int64_t pairs = (tokens + Type::PER_WORD - 1) / Type::PER_WORD;
+    constexpr int V = Type::PER_WORD;
+    const int64_t pairs = (tokens + V - 1) / V;
     uint32_t* queries = s.room(s.query, panels * words * PANEL);
     float* scores = s.room(s.scores, (tokens + 1) * width);
     uint32_t* weights = s.room(s.weights, pairs * width);
@@ -278,6 +272,7 @@ bool attend_prompt(
         for (int64_t p = 0; p < panels; p++) {
             multiply_panel<Type>(
                 {key, words}, 0, count, queries + p * words * PANEL, words, 0,
+                [&](int64_t t) { return scores + t * width + p * PANEL; },
                 [&](int64_t t, Floats* v) {
                     for (int i = 0; i < PANEL_VECTORS; i++) {
                         Floats score = v[i];
@@ -289,7 +284,7 @@ bool attend_prompt(
             );
         }
         const bool masked = from + count - 1 > first || (window && last - 1 - from >= window);
-        const int64_t padded = (count + Type::PER_WORD - 1) / Type::PER_WORD * Type::PER_WORD;
+        const int64_t words_of_keys = (count + V - 1) / V;
         for (int64_t r = 0; r < width; r += LANES) {
             const Floats none = splat(-std::numeric_limits<float>::infinity());
             Floats old = load<Floats>(top + r), most = old;
@@ -308,22 +303,23 @@ bool attend_prompt(
             // A row that has seen no key yet has no maximum: any number keeps its weights 0.
             Floats base = select(most == none, splat(0.0f), most);
             Floats sum{};
-            for (int64_t t = 0; t < count; t++) {
-                Floats weight = exp_negative(load<Floats>(scores + t * width + r) - base);
-                sum += weight;
-                store(scores + t * width + r, weight);
+            for (int64_t t = 0; t < count; t += V) {
+                Floats weight[V] = {};
+                for (int v = 0; v < V; v++) {
+                    if (t + v < count) weight[v] = exp_negative(load<Floats>(scores + (t + v) * width + r) - base);
+                    sum += weight[v];
+                }
+                store(weights + t / V * width + r, Type::pair(weight));
             }
-            for (int64_t t = count; t < padded; t++) store(scores + t * width + r, Floats{});
             Floats scale = exp_negative(old - base);
             store(top + r, most);
             store(total + r, load<Floats>(total + r) * scale + sum);
             store(fade + r, scale);
         }
-        for (int64_t t = 0; t < padded; t += Type::PER_WORD) Type::pair(scores + t * width, weights + t / Type::PER_WORD * width, width);
         // Values as panels of columns, pairs of tokens in a word; what lies past the last token is 0.
         for (int64_t c = 0; c < columns; c++)
-            for (int64_t t = 0; t < padded; t += Type::PER_WORD) {
-                uint32_t* to = values + (c * pairs + t / Type::PER_WORD) * PANEL;
+            for (int64_t t = 0; t < count; t += V) {
+                uint32_t* to = values + (c * pairs + t / V) * PANEL;
                 Type::values(value + t * words, t + 1 < count ? value + (t + 1) * words : nullptr, c, words, to);
             }
         for (int64_t c = 0; c < columns; c++)
@@ -335,7 +331,7 @@ bool attend_prompt(
                         for (int v = 0; v < PANEL_VECTORS; v++)
                             sums[i][v] = load<Floats>(to + i * out_row + v * LANES) * splat(fade[r + i]);
                     multiply_tile<Type, n()>(
-                        {weights + r, 1, width}, values + c * pairs * PANEL, padded / Type::PER_WORD,
+                        {weights + r, 1, width}, values + c * pairs * PANEL, words_of_keys,
                         values + c * pairs * PANEL, sums
                     );
                     for (int i = 0; i < n(); i++)

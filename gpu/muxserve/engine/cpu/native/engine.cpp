@@ -30,15 +30,15 @@ class Engine {
         const Model& m, int64_t layer, int64_t rows, const int64_t* slot, const int64_t* begin, const int64_t* end,
         const float* qkv, float* out, int threads
     ) {
-        pieces_.clear();
+        plan_.clear();
         wanted_.clear();
-        for (int64_t i = 0, at = 0; i < rows; at += end[i] - begin[i], i++) {
+        for (int64_t i = 0; i < rows; i++) {
             if (slot[i] < 0 || slot[i] >= m.slots || begin[i] < 0 || begin[i] >= end[i] || end[i] > m.context) {
                 return OUT_OF_RANGE;
             }
-            pieces_.push_back({slot[i], begin[i], end[i], at});
+            plan_.add(slot[i], begin[i], end[i]);
         }
-        forward_.prepare(m, pieces_, wanted_);
+        forward_.prepare(m, plan_, wanted_);
         team_.run(threads, [&](int rank) { forward_.attend_alone(layer, qkv, out, rank); });
         return forward_.failed_layer.load() < 0 ? NONE : NO_BLOCK;
     }
@@ -84,31 +84,30 @@ class Engine {
 
     bool run_step(Job& job, int64_t step) {
         const Model& m = *job.model;
-        pieces_.clear();
+        plan_.clear();
         wanted_.clear();
-        int64_t at = 0;
+        sampling_.clear();
         for (const Row& row : rows_) {
             int64_t slot = job.slot[row.index];
             if (slot < 0 || slot >= m.slots || row.begin < 0 || row.begin >= row.end || row.end > m.context) {
                 job.failure.store(OUT_OF_RANGE);
                 return false;
             }
-            pieces_.push_back({slot, row.begin, row.end, at});
-            at += row.end - row.begin;
-            if (job.samples[row.index]) wanted_.push_back(at - 1);
+            plan_.add(slot, row.begin, row.end);
+            if (!job.samples[row.index]) continue;
+            wanted_.push_back(plan_.tokens - 1);
+            sampling_.push_back(&row - rows_.data());
         }
-        forward_.prepare(m, pieces_, wanted_);
-        sampling_.clear();
-        for (size_t i = 0; i < rows_.size(); i++)
-            if (job.samples[rows_[i].index]) sampling_.push_back(i);
+        forward_.prepare(m, plan_, wanted_);
         auto threads = [&] { return (int)job.threads.load(std::memory_order_relaxed); };
         // A long pass follows its share from layer to layer, a short one from step to step.
-        if (at > LONG) {
+        const bool is_long = plan_.tokens > LONG;
+        if (is_long) {
             team_.run(threads(), [&](int rank) { forward_.begin(rank); });
             for (int64_t l = 0; l < m.layers; l++) team_.run(threads(), [&](int rank) { forward_.layer(l, rank); });
         }
         team_.run(threads(), [&](int rank) {
-            if (at <= LONG) {
+            if (!is_long) {
                 forward_.begin(rank);
                 for (int64_t l = 0; l < m.layers; l++) forward_.layer(l, rank);
             }
@@ -121,7 +120,7 @@ class Engine {
         });
         if (int64_t layer = forward_.failed_layer.load(); layer >= 0) {
             job.failed_layer.store(layer);
-            job.failure.store(layer < m.layers ? NO_BLOCK : OUT_OF_RANGE);
+            job.failure.store(layer < m.layers ? NO_BLOCK : NO_TOKEN);
             return false;
         }
         size_t kept = 0;
@@ -166,7 +165,7 @@ class Engine {
     std::atomic<Job*> job_{nullptr};
     Job quit_{};
     std::vector<Row> rows_;
-    std::vector<Piece> pieces_;
+    Plan plan_;
     std::vector<int64_t> wanted_, sampling_;
     std::thread driver_;  // last: it uses all of the above
 };

@@ -7,50 +7,10 @@
 #include <chrono>
 
 #include "attention.h"
+#include "memory.h"
+#include "plan.h"
 #include "sampler.h"
 #include "team.h"
-
-// One sequence's part in a pass: tokens `[begin, end)`, which are rows `[row, row + end - begin)` of the pass.
-struct Piece {
-    int64_t slot, begin, end, row;
-};
-
-// What one thread attends: a block of a prompt's queries, or a range of keys for the query of one token.
-struct AttentionTask {
-    int64_t piece, head;
-    int64_t first, last;  // positions of queries of a prompt; of keys of a single token
-    int64_t part, parts;  // which of its ranges, of how many
-    int64_t result;       // of this token and head: where its partial results begin
-};
-
-// Memory of a pass. Grows with the largest pass, and is kept.
-class Memory {
-  public:
-    template <class T>
-    T* take(int64_t count) {
-        used_ = (used_ + 63) / 64 * 64;
-        int64_t at = used_;
-        used_ += count * sizeof(T);
-        return reinterpret_cast<T*>(base_ + at);
-    }
-    void reset() { used_ = 0; }
-    // Makes room for what was taken since `reset`; true if it had to grow, and all must be taken again.
-    bool grow() {
-        if (used_ + 64 <= size_) return false;
-        size_ = used_ + used_ / 4 + 4096;
-        bytes_.reset(new (std::align_val_t(4096)) char[size_]());
-        base_ = bytes_.get();
-        return true;
-    }
-
-  private:
-    struct Free {
-        void operator()(char* p) const { ::operator delete[](p, std::align_val_t(4096)); }
-    };
-    std::unique_ptr<char, Free> bytes_;
-    char* base_ = nullptr;
-    int64_t size_ = 0, used_ = 0;
-};
 
 class Forward {
   public:
@@ -60,20 +20,26 @@ class Forward {
     double parts[PARTS] = {};
     std::atomic<int64_t> failed_layer{-1};
 
-    // Computes the pieces' tokens and, for those pieces of which `wanted` names the last row, logits.
-    // Returns float32 `[wanted.size(), stride]`; stride is a multiple of PANEL. Called by every thread.
-    void prepare(const Model& m, const std::vector<Piece>& pieces, const std::vector<int64_t>& wanted) {
+    // Gets ready for the tokens of `plan`; `wanted`: those of them whose logits are asked for, in order.
+    void prepare(const Model& m, Plan& plan, const std::vector<int64_t>& wanted) {
         model_ = &m;
-        pieces_ = &pieces;
+        plan_ = &plan;
         wanted_ = &wanted;
-        tokens_ = pieces.empty() ? 0 : pieces.back().row + pieces.back().end - pieces.back().begin;
+        plan.cut(m);
+        // Past its keys and values, the last layer matters to the wanted tokens alone.
+        last_.clear();
+        for (int64_t t : wanted) {
+            auto [slot, position] = plan.place(t);
+            last_.add(slot, position, position + 1);
+        }
+        last_.cut(m);
         failed_layer.store(-1, std::memory_order_relaxed);
-        plan_attention();
         do {
             memory_.reset();
             lay_out();
         } while (memory_.grow());
-        if (arrivals_.size() < arrivals_needed_) arrivals_ = std::vector<std::atomic<int>>(arrivals_needed_);
+        const size_t partials = std::max(plan.partials, last_.partials);
+        if (arrivals_.size() < partials) arrivals_ = std::vector<std::atomic<int>>(partials);
         begun_ = std::chrono::steady_clock::now();
     }
 
@@ -89,14 +55,14 @@ class Forward {
             using Type = decltype(type);
             const Model& m = *model_;
             const int64_t width = (m.heads + 2 * m.kv_heads) * m.head_dim;
-            team_.share(tokens_, 2, [&](int64_t begin, int64_t end) {
+            team_.share(plan_->tokens, 2, [&](int64_t begin, int64_t end) {
                 for (int64_t t = begin; t < end; t++) {
                     std::copy(qkv + t * width, qkv + (t + 1) * width, qkv_ + t * qkv_row_);
                     write_token<Type>(l, t);
                 }
             });
-            attend_all<Type>(l, rank);
-            for (int64_t i = rank; i < tokens_ * m.heads; i += team_.threads()) {
+            attend_all<Type>(*plan_, l, rank);
+            for (int64_t i = rank; i < plan_->tokens * m.heads; i += team_.threads()) {
                 std::copy(out_ + i * out_row_, out_ + i * out_row_ + m.head_dim, out + i * m.head_dim);
             }
         });
@@ -116,36 +82,9 @@ class Forward {
   private:
     static int64_t pad(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
-    void plan_attention() {
-        const Model& m = *model_;
-        const int64_t group = m.heads / m.kv_heads, queries = std::max<int64_t>(1, QUERY_ROWS / group);
-        tasks_.clear();
-        results_ = 0;
-        arrivals_needed_ = 0;
-        for (size_t i = 0; i < pieces_->size(); i++) {
-            const Piece& p = (*pieces_)[i];
-            for (int64_t head = 0; head < m.kv_heads; head++) {
-                if (p.end - p.begin == 1) {
-                    // How a context is split is a matter of its length alone.
-                    int64_t parts = (p.end + SPLIT - 1) / SPLIT;
-                    for (int64_t part = 0; part < parts; part++) {
-                        int64_t low = part * SPLIT, high = std::min(p.end, low + SPLIT);
-                        tasks_.push_back({(int64_t)i, head, low, high, part, parts, results_});
-                    }
-                    if (parts > 1) results_ += parts;
-                } else {
-                    for (int64_t q = p.end; q > p.begin; q -= queries) {  // the longest first
-                        tasks_.push_back({(int64_t)i, head, std::max(p.begin, q - queries), q, 0, 0, 0});
-                    }
-                }
-            }
-        }
-        arrivals_needed_ = results_;
-    }
-
     void lay_out() {
         const Model& m = *model_;
-        const int64_t n = tokens_, q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+        const int64_t n = plan_->tokens, q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
         const int64_t group = m.heads / m.kv_heads, per = m.bfloat16 ? 2 : 1;
         // A row of 64 bytes more than the matrix has: rows a power of two apart would share few cache sets.
         auto row = [&](int64_t columns) { return (pad(columns) + per - 1) / per + 16; };
@@ -166,8 +105,9 @@ class Forward {
         for (int64_t r = 0; r < m.ropes; r++) angles_row_ += 2 * m.frequencies[r].half;
         angles_ = memory_.take<float>(n * angles_row_);
         out_ = memory_.take<float>(n * m.heads * out_row_);
-        partial_ = memory_.take<Partial>(results_ * group);
-        partial_out_ = memory_.take<float>(results_ * group * out_row_);
+        const int64_t partials = std::max(plan_->partials, last_.partials);
+        partial_ = memory_.take<Partial>(partials * group);
+        partial_out_ = memory_.take<float>(partials * group * out_row_);
         logits_ = memory_.take<float>(wanted_->size() * vocab_row_ + LANES);
         final_ = memory_.take<uint32_t>(wanted_->size() * input_row_);
     }
@@ -180,7 +120,7 @@ class Forward {
 
     template <class Type>
     void begin(int rank) {
-        team_.share(tokens_, 8, [&](int64_t begin, int64_t end) {
+        team_.share(plan_->tokens, 8, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; t++) begin_token<Type>(t);
         });
         mark(rank, REST);
@@ -191,59 +131,87 @@ class Forward {
         const Model& m = *model_;
         const Layer& layer = m.layer[l];
         const int64_t q = m.heads * m.head_dim, qkv = q + 2 * m.kv_heads * m.head_dim;
-        multiply<Type>(input_, input_row_, tokens_, m.hidden, layer.qkv, qkv_row_, [&](int64_t t, int64_t n, Floats* v) {
-            add_bias(layer.qkv_bias, n, qkv, v);
-            for (int i = 0; i < PANEL_VECTORS; i++) store(qkv_ + t * qkv_row_ + n + i * LANES, v[i]);
-        });
+        multiply<Type>(input_, input_row_, plan_->tokens, m.hidden, layer.qkv, qkv_row_,
+            [&](int64_t t, int64_t n) { return qkv_ + t * qkv_row_ + n; },
+            [&](int64_t t, int64_t n, Floats* v) {
+                add_bias(layer.qkv_bias, n, qkv, v);
+                for (int i = 0; i < PANEL_VECTORS; i++) store(qkv_ + t * qkv_row_ + n + i * LANES, v[i]);
+            }
+        );
         mark(rank, MATRICES);
-        team_.share(tokens_, 2, [&](int64_t begin, int64_t end) {
+        team_.share(plan_->tokens, 2, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; t++) write_token<Type>(l, t);
         });
+        const bool is_last = l + 1 == m.layers;
+        if (is_last) team_.share(1, 1, [&](int64_t, int64_t) { keep_wanted(); });
+        const Plan& plan = is_last ? last_ : *plan_;
         mark(rank, REST);
-        attend_all<Type>(l, rank);
+        attend_all<Type>(plan, l, rank);
         mark(rank, ATTENTION);
-        project<Type>(input_, input_row_, q, layer.o, layer.o_bias);
+        project<Type>(plan, input_, input_row_, q, layer.o, layer.o_bias);
         mark(rank, MATRICES);
-        add_and_normalise<Type>(layer.attention_out_norm, layer.mlp_norm);
+        add_and_normalise<Type>(plan, layer.attention_out_norm, layer.mlp_norm);
         mark(rank, REST);
-        multiply<Type>(input_, input_row_, tokens_, m.hidden, layer.gate_up, 2 * pad_half(m.inner), [&](int64_t t, int64_t n, Floats* v) {
-            gate<Type>(layer, t, n / 2, v);
-        });
-        project<Type>(inner_, inner_row_, m.inner, layer.down, layer.down_bias);
+        multiply<Type>(input_, input_row_, plan.tokens, m.hidden, layer.gate_up, 2 * pad_half(m.inner),
+            [&](int64_t t, int64_t n) { return inner_ + t * inner_row_ + n / 2 / Type::PER_WORD; },
+            [&](int64_t t, int64_t n, Floats* v) { gate<Type>(layer, t, n / 2, v); }
+        );
+        project<Type>(plan, inner_, inner_row_, m.inner, layer.down, layer.down_bias);
         mark(rank, MATRICES);
-        add_and_normalise<Type>(layer.mlp_out_norm, l + 1 < m.layers ? m.layer[l + 1].input_norm : nullptr);
+        add_and_normalise<Type>(plan, layer.mlp_out_norm, is_last ? nullptr : m.layer[l + 1].input_norm);
         mark(rank, REST);
     }
 
+    // Moves what the last layer goes on with to the front: row i of the pass becomes the i-th wanted token.
+    void keep_wanted() {
+        const Model& m = *model_;
+        for (int64_t i = 0; i < last_.tokens; i++) {
+            const int64_t from = (*wanted_)[i];
+            if (from == i) continue;
+            std::copy_n(x_ + from * x_row_, m.hidden, x_ + i * x_row_);
+            const int64_t words = m.heads * head_words_;
+            std::copy_n(query_ + from * words, words, query_ + i * words);
+        }
+    }
+
     template <class Type>
-    void attend_all(int64_t l, int rank) {
+    void attend_all(const Plan& plan, int64_t l, int rank) {
         // Several at a time, so that a thread knows what it will read next; few, so that all end together.
-        const int64_t chunk = std::clamp<int64_t>(tasks_.size() / (team_.threads() * 8), 1, 8);
-        team_.share(tasks_.size(), chunk, [&](int64_t begin, int64_t end) {
+        const int64_t chunk = std::clamp<int64_t>(plan.tasks.size() / (team_.threads() * 8), 1, 8);
+        team_.share(plan.tasks.size(), chunk, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
-                attend<Type>(l, tasks_[i], i + 1 < end ? upcoming<Type>(l, tasks_[i + 1]) : Upcoming{}, attention_[rank]);
+                const AttentionTask& task = plan.tasks[i];
+                const Upcoming next = i + 1 < end ? upcoming<Type>(plan, l, plan.tasks[i + 1]) : Upcoming{};
+                attend<Type>(plan.pieces[task.piece], l, task, next, attention_[rank]);
             }
         });
     }
 
     static int64_t pad_half(int64_t inner) { return (inner + PANEL / 2 - 1) / (PANEL / 2) * (PANEL / 2); }
 
-    // rows of `a` (`row` words apart) times panels, `columns` of them all in all; `finish(row, column, sums)`.
-    template <class Type, class Finish>
+    // rows of `a` (`row` words apart) times panels, `columns` of them all in all; see multiply_panel, but that
+    // `target` and `finish` are told the first column too.
+    template <class Type, class Target, class Finish>
     void multiply(
         const uint32_t* a, int64_t row, int64_t rows, int64_t depth, const uint32_t* panels, int64_t columns,
-        Finish finish
+        Target target, Finish finish
     ) {
+        if (rows == 0) return;
         const int64_t words = (depth + Type::PER_WORD - 1) / Type::PER_WORD, count = columns / PANEL;
         // Rows that a thread takes at a time stay in its cache while panels pass by.
         const int64_t block = 16 * TILE_ROWS, blocks = (rows + block - 1) / block;
-        const int64_t chunk = std::max<int64_t>(1, count * blocks / (team_.threads() * 12));
+        // Some ten microseconds' worth, but no thread is to wait long for the others' last.
+        const int64_t tiles = (rows / blocks + TILE_ROWS - 1) / TILE_ROWS;
+        const int64_t chunk = std::clamp<int64_t>(
+            count * blocks / (team_.threads() * 8), 1, std::max<int64_t>(1, 6 / std::max<int64_t>(1, tiles))
+        );
         team_.share(count * blocks, chunk, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
                 int64_t b = i / count, p = i % count;
                 multiply_panel<Type>(
                     {a, row}, rows * b / blocks, rows * (b + 1) / blocks, panels + p * words * PANEL, words,
-                    AHEAD, [&](int64_t m, Floats* v) { finish(m, p * PANEL, v); }
+                    AHEAD, [&](int64_t m) { return target(m, p * PANEL); },
+                    [&](int64_t m, Floats* v) { finish(m, p * PANEL, v); }
                 );
             }
         });
@@ -251,12 +219,13 @@ class Forward {
 
     // A product that is added to the residual stream, or, where a norm comes in between, put into `y_`.
     template <class Type>
-    void project(const uint32_t* a, int64_t row, int64_t depth, const uint32_t* panels, const float* bias) {
+    void project(const Plan& plan, const uint32_t* a, int64_t row, int64_t depth, const uint32_t* panels, const float* bias) {
         const Model& m = *model_;
         const bool apart = m.layer[0].mlp_out_norm != nullptr;
-        multiply<Type>(a, row, tokens_, depth, panels, x_row_, [&](int64_t t, int64_t n, Floats* v) {
+        const auto target = [&](int64_t t, int64_t n) { return (apart ? y_ : x_) + t * x_row_ + n; };
+        multiply<Type>(a, row, plan.tokens, depth, panels, x_row_, target, [&](int64_t t, int64_t n, Floats* v) {
             add_bias(bias, n, m.hidden, v);
-            float* to = (apart ? y_ : x_) + t * x_row_ + n;
+            float* to = target(t, n);
             for (int i = 0; i < PANEL_VECTORS; i++) {
                 store(to + i * LANES, apart ? v[i] : load<Floats>(to + i * LANES) + v[i]);
             }
@@ -298,7 +267,7 @@ class Forward {
     template <class Type>
     void begin_token(int64_t t) {
         const Model& m = *model_;
-        auto [slot, position] = place(t);
+        auto [slot, position] = plan_->place(t);
         int64_t id = m.tokens[slot * m.context + position];
         if (id < 0 || id >= m.vocab) id = 0, failed_layer.store(m.layers, std::memory_order_relaxed);
         embed<Type>(id, x_ + t * x_row_);
@@ -325,15 +294,6 @@ class Forward {
         }
     }
 
-    // Slot and position of row `t` of the pass.
-    std::pair<int64_t, int64_t> place(int64_t t) const {
-        auto after = std::upper_bound(
-            pieces_->begin(), pieces_->end(), t, [](int64_t row, const Piece& p) { return row < p.row; }
-        );
-        const Piece& p = *--after;
-        return {p.slot, p.begin + t - p.row};
-    }
-
     static INLINE float inverse_norm(const float* x, int64_t count, float eps) {
         Floats squares{};
         int64_t i = 0;
@@ -351,20 +311,25 @@ class Forward {
         const Model& m = *model_;
         const float scale = inverse_norm(x, m.hidden, m.rms_eps);
         constexpr int STEP = 2 * LANES;
-        float part[STEP];
-        for (int64_t d = 0; d < m.hidden; d += STEP) {
-            int64_t count = std::min<int64_t>(STEP, m.hidden - d);
-            for (int64_t i = 0; i < STEP; i++) part[i] = i < count ? x[d + i] * scale * weight[d + i] : 0.0f;
+        alignas(64) float part[STEP];
+        int64_t d = 0;
+        for (; d + STEP <= m.hidden; d += STEP) {
+            for (int i = 0; i < STEP; i += LANES) {
+                store(part + i, load<Floats>(x + d + i) * splat(scale) * load<Floats>(weight + d + i));
+            }
             Type::narrow(part, to + d / Type::PER_WORD, STEP / Type::PER_WORD);
         }
+        if (d == m.hidden) return;
+        for (int64_t i = 0; i < STEP; i++) part[i] = d + i < m.hidden ? x[d + i] * scale * weight[d + i] : 0.0f;
+        Type::narrow(part, to + d / Type::PER_WORD, STEP / Type::PER_WORD);
     }
 
     // Ends a branch of the layer (`after`: Gemma's norm of it) and prepares the next one's input.
     template <class Type>
-    void add_and_normalise(const float* after, const float* before) {
+    void add_and_normalise(const Plan& plan, const float* after, const float* before) {
         const Model& m = *model_;
         if (!after && !before) return;
-        team_.share(tokens_, 4, [&](int64_t begin, int64_t end) {
+        team_.share(plan.tokens, 4, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; t++) {
                 float* x = x_ + t * x_row_;
                 if (after) {
@@ -382,7 +347,7 @@ class Forward {
     void write_token(int64_t layer, int64_t t) {
         const Model& m = *model_;
         const Layer& weights = m.layer[layer];
-        auto [slot, position] = place(t);
+        auto [slot, position] = plan_->place(t);
         float* heads = qkv_ + t * qkv_row_;
         const float* angle = nullptr;
         int64_t half = 0;
@@ -425,9 +390,9 @@ class Forward {
 
     // What a task reads first.
     template <class Type>
-    Upcoming upcoming(int64_t layer, const AttentionTask& task) {
+    Upcoming upcoming(const Plan& plan, int64_t layer, const AttentionTask& task) {
         const Model& m = *model_;
-        const Piece& piece = (*pieces_)[task.piece];
+        const Piece& piece = plan.pieces[task.piece];
         const int64_t window = m.layer[layer].window;
         const int64_t end = task.parts ? task.last : task.first + 1;
         const int64_t low = std::max(task.parts ? task.first : 0, window ? (task.parts ? piece.end : end) - window : 0);
@@ -439,9 +404,8 @@ class Forward {
     }
 
     template <class Type>
-    void attend(int64_t layer, const AttentionTask& task, Upcoming next, AttentionScratch& scratch) {
+    void attend(const Piece& piece, int64_t layer, const AttentionTask& task, Upcoming next, AttentionScratch& scratch) {
         const Model& m = *model_;
-        const Piece& piece = (*pieces_)[task.piece];
         const int64_t group = m.heads / m.kv_heads, first_head = task.head * group;
         const int64_t window = m.layer[layer].window;
         Blocks blocks = blocks_of<Type>(m, layer, piece.slot, task.head);
@@ -529,17 +493,20 @@ class Forward {
         if (!count) return;
         team_.share(count, 4, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
-                normalise<Type>(x_ + (*wanted_)[i] * x_row_, m.final_norm, final_ + i * input_row_);
+                normalise<Type>(x_ + i * x_row_, m.final_norm, final_ + i * input_row_);
             }
         });
         mark(rank, REST);
-        multiply<Type>(final_, input_row_, count, m.hidden, m.head, vocab_row_, [&](int64_t i, int64_t n, Floats* v) {
-            for (int j = 0; j < PANEL_VECTORS; j++) {
-                if (m.final_soft_cap > 0)
-                    for (int l = 0; l < LANES; l++) v[j][l] = m.final_soft_cap * std::tanh(v[j][l] / m.final_soft_cap);
-                store(logits_ + i * vocab_row_ + n + j * LANES, v[j]);
+        multiply<Type>(final_, input_row_, count, m.hidden, m.head, vocab_row_,
+            [&](int64_t i, int64_t n) { return logits(i) + n; },
+            [&](int64_t i, int64_t n, Floats* v) {
+                for (int j = 0; j < PANEL_VECTORS; j++) {
+                    if (m.final_soft_cap > 0)
+                        for (int l = 0; l < LANES; l++) v[j][l] = m.final_soft_cap * std::tanh(v[j][l] / m.final_soft_cap);
+                    store(logits(i) + n + j * LANES, v[j]);
+                }
             }
-        });
+        );
         mark(rank, MATRICES);
     }
 
@@ -547,11 +514,9 @@ class Forward {
 
     Team& team_;
     const Model* model_ = nullptr;
-    const std::vector<Piece>* pieces_ = nullptr;
+    Plan* plan_ = nullptr;
+    Plan last_;
     const std::vector<int64_t>* wanted_ = nullptr;
-    int64_t tokens_ = 0, results_ = 0;
-    size_t arrivals_needed_ = 0;
-    std::vector<AttentionTask> tasks_;
     std::vector<std::atomic<int>> arrivals_;
     std::vector<AttentionScratch> attention_;
     std::vector<SamplerScratch> samplers_;

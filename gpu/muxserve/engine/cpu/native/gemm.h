@@ -70,16 +70,20 @@ INLINE void with_rows(int count, F f) {
     }
 }
 
-// Rows `[begin, end)` of `a` times one panel; `finish(row, sums)` gets each row's PANEL sums as vectors.
+// Rows `[begin, end)` of `a` times one panel; `finish(row, sums)` gets each row's PANEL sums as vectors, and
+// `target(row)` is where it will put them, so that this memory is near by then.
 // Rows are spread evenly over the tiles: a last one of few rows would wait for its own additions.
-template <class Type, class Finish>
+template <class Type, class Target, class Finish>
 INLINE void multiply_panel(
-    Operand a, int64_t begin, int64_t end, const uint32_t* panel, int64_t words, int64_t ahead, Finish finish
+    Operand a, int64_t begin, int64_t end, const uint32_t* panel, int64_t words, int64_t ahead, Target target,
+    Finish finish
 ) {
     const int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS;
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t first = begin + (end - begin) * i / tiles, last = begin + (end - begin) * (i + 1) / tiles;
         alignas(64) float sums[TILE_ROWS * PANEL];
+        for (int64_t m = first; m < last; m++)
+            for (int line = 0; line < PANEL; line += 16) __builtin_prefetch(target(m) + line, 1, 3);
         with_rows((int)(last - first), [&](auto rows) {
             tile<Type, rows()>(a.from(first), panel, words, panel + ahead, sums);
         });

@@ -63,7 +63,7 @@ struct Sampling {
 };
 
 enum Finished : int8_t { UNFINISHED = 0, STOP = 1, LENGTH = 2, NOT_FINITE = 3, ABSENT = -1 };
-enum Failure : int32_t { NONE = 0, NO_BLOCK = 1, OUT_OF_RANGE = 2 };
+enum Failure : int32_t { NONE = 0, NO_BLOCK = 1, OUT_OF_RANGE = 2, NO_TOKEN = 3 };
 enum Part { MATRICES, ATTENTION, SAMPLING, REST, PARTS };
 
 // Rows are sequences. A step computes tokens `[begin, end)` of each and samples the token at `end` where it is

@@ -126,6 +126,17 @@ INLINE Floats sums(Floats* v) {
     }
 }
 
+// Two vectors of 16-bit numbers, lane by lane side by side: the first LANES pairs (FIRST = 0), or the others.
+template <int FIRST, int... I>
+INLINE Words interleave(Halves a, Halves b, std::integer_sequence<int, I...>) {
+    return (Words)__builtin_shufflevector(a, b, (FIRST + I / 2 + (I % 2 ? 2 * LANES : 0))...);
+}
+
+template <int FIRST>
+INLINE Words interleave(Halves a, Halves b) {
+    return interleave<FIRST>(a, b, std::make_integer_sequence<int, 2 * LANES>{});
+}
+
 struct Float32 {
     static constexpr int PER_WORD = 1;
 
@@ -144,10 +155,8 @@ struct Float32 {
         std::memcpy(to, from, count * sizeof *to);
     }
 
-    // `count` floats of one token as words.
-    static INLINE void pair(const float* first, uint32_t* to, int64_t count) {
-        std::memcpy(to, first, count * sizeof *to);
-    }
+    // Numbers of one token as words.
+    static INLINE Words pair(const Floats* x) { return (Words)x[0]; }
 
     // Columns `[32 c, 32 c + 32)` of a token's row of `words` words; columns past it are 0.
     static INLINE void values(const uint32_t* first, const uint32_t*, int64_t c, int64_t words, uint32_t* to) {
@@ -184,35 +193,64 @@ struct Bfloat16 {
         return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     }
 
+    // Rounded to nearest even, in the low half of each word.
+    static INLINE Words round(Floats x) {
+#if defined(__AVX512BF16__)
+        return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#endif
+        const Words bits = (Words)x;
+        const Words rounded = (bits + splat_word(0x7fff) + ((bits >> 16) & splat_word(1))) >> 16;
+        return x == x ? rounded : splat_word(0x7fc0);
+    }
+
+    // Neighbours of the floats in `a` and, after them, in `b`, as words.
+    template <int... I>
+    static INLINE Words join(Floats a, Floats b, std::integer_sequence<int, I...>) {
+#if defined(__AVX512BF16__)
+        return (Words)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+        const Words x = round(a), y = round(b);
+        return __builtin_shufflevector(x, y, (2 * I)...) | __builtin_shufflevector(x, y, (2 * I + 1)...) << 16;
+#endif
+    }
+
     // 2 * `count` floats to `count` words, rounded to nearest even.
     static INLINE void narrow(const float* from, uint32_t* to, int count) {
+        constexpr auto order = std::make_integer_sequence<int, LANES>{};
         int i = 0;
-#if defined(__AVX512BF16__)
         for (; i + LANES <= count; i += LANES) {
-            __m512 a = _mm512_loadu_ps(from + 2 * i), b = _mm512_loadu_ps(from + 2 * i + LANES);
-            store(to + i, (Words)_mm512_cvtne2ps_pbh(b, a));
+            store(to + i, join(load<Floats>(from + 2 * i), load<Floats>(from + 2 * i + LANES), order));
         }
-#endif
+        if (i + LANES / 2 <= count) {
+            const Words half = join(load<Floats>(from + 2 * i), Floats{}, order);
+            std::memcpy(to + i, &half, LANES / 2 * sizeof *to);
+            i += LANES / 2;
+        }
         for (; i < count; i++) to[i] = round(from[2 * i]) | (uint32_t)round(from[2 * i + 1]) << 16;
     }
 
-    // Weights of two tokens, `count` apart, side by side in words.
-    static INLINE void pair(const float* first, uint32_t* to, int64_t count) {
-        for (int64_t i = 0; i < count; i++) to[i] = round(first[i]) | (uint32_t)round(first[i + count]) << 16;
-    }
+    // Numbers of two tokens side by side in words.
+    static INLINE Words pair(const Floats* x) { return round(x[0]) | round(x[1]) << 16; }
 
     // Columns `[32 c, 32 c + 32)` of two tokens' rows of `words` words, side by side in words; a second one that
     // is null, and columns past the row, are 0.
     static INLINE void values(
         const uint32_t* first, const uint32_t* second, int64_t c, int64_t words, uint32_t* to
     ) {
-        int64_t begin = c * PANEL / 2, count = words - begin < PANEL / 2 ? words - begin : PANEL / 2;
-        for (int64_t w = 0; w < count; w++) {
-            uint32_t a = first[begin + w], b = second ? second[begin + w] : 0;
-            to[2 * w] = (a & 0xffff) | b << 16;
-            to[2 * w + 1] = a >> 16 | (b & 0xffff0000u);
+        const int64_t begin = c * PANEL / 2;
+        for (int w = 0; w < PANEL / 2; w += LANES) {
+            const int64_t left = words - begin - w;
+            Words a{}, b{};
+            if (left >= LANES) {
+                a = load<Words>(first + begin + w);
+                if (second) b = load<Words>(second + begin + w);
+            } else if (left > 0) {
+                a = load_some(first + begin + w, (int)left);
+                if (second) b = load_some(second + begin + w, (int)left);
+            }
+            store(to + 2 * w, interleave<0>((Halves)a, (Halves)b));
+            store(to + 2 * w + LANES, interleave<LANES>((Halves)a, (Halves)b));
         }
-        std::memset(to + 2 * count, 0, (PANEL - 2 * count) * sizeof *to);
     }
 
     static INLINE float element(uint32_t word, int index) {

@@ -1,7 +1,7 @@
 // `Team`: the threads of an executor. Jobs use as many of them as they are given, from one call to the next.
 //
-// Threads that wait spin for some microseconds, which is what most waits take, and then sleep: neighbours on the
-// same cores lose next to nothing to them. Work is handed out in small parts, so that a thread that was held up
+// Threads that wait spin for some microseconds, which is what most waits take, then let others have the core if
+// there are any, and then sleep: waking a sleeper takes longer than most parts of a step do. Work is handed out in small parts, so that a thread that was held up
 // by a neighbour holds up nobody for long.
 
 #pragma once
@@ -74,11 +74,16 @@ class Team {
 
   private:
     static constexpr uint32_t WIDTHS = 1024;  // more than threads
-    static constexpr int SPINS = 1500;  // some 20 to 50 microseconds
+    static constexpr int SPINS = 500;   // some 10 microseconds
+    static constexpr int YIELDS = 400;  // some 200
 
     static void await(std::atomic<uint32_t>& value, uint32_t old) {
-        for (int i = 0; i < SPINS; i++) {
+        for (int i = 0; i < SPINS + YIELDS; i++) {
             if (value.load(std::memory_order_acquire) != old) return;
+            if (i >= SPINS) {
+                std::this_thread::yield();
+                continue;
+            }
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif

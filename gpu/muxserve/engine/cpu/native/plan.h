@@ -1,0 +1,73 @@
+// What a pass has to do, laid out once for all layers.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "attention.h"
+#include "model.h"
+
+// One sequence's part in a pass: tokens `[begin, end)`, which are rows `[row, row + end - begin)` of the pass.
+struct Piece {
+    int64_t slot, begin, end, row;
+};
+
+// What one thread attends: a block of a prompt's queries, or a range of keys for the query of one token.
+struct AttentionTask {
+    int64_t piece, head;
+    int64_t first, last;  // positions of queries of a prompt; of keys of a single token
+    int64_t part, parts;  // which of its ranges, of how many
+    int64_t result;       // of this token and head: where its partial results begin
+};
+
+// Some tokens of some sequences, and how their attention is cut into tasks.
+class Plan {
+  public:
+    std::vector<Piece> pieces;
+    std::vector<AttentionTask> tasks;
+    int64_t tokens = 0;
+    int64_t partials = 0;  // results of parts of contexts, each of one token's KV head
+
+    void clear() {
+        pieces.clear();
+        tokens = 0;
+    }
+
+    void add(int64_t slot, int64_t begin, int64_t end) {
+        pieces.push_back({slot, begin, end, tokens});
+        tokens += end - begin;
+    }
+
+    void cut(const Model& m) {
+        const int64_t group = m.heads / m.kv_heads, queries = std::max<int64_t>(1, QUERY_ROWS / group);
+        tasks.clear();
+        partials = 0;
+        for (int64_t i = 0; i < (int64_t)pieces.size(); i++) {
+            const Piece& p = pieces[i];
+            for (int64_t head = 0; head < m.kv_heads; head++) {
+                if (p.end - p.begin > 1) {
+                    for (int64_t q = p.end; q > p.begin; q -= queries) {  // the longest first
+                        tasks.push_back({i, head, std::max(p.begin, q - queries), q, 0, 0, 0});
+                    }
+                    continue;
+                }
+                // How a context is split is a matter of its length alone.
+                const int64_t parts = (p.end + SPLIT - 1) / SPLIT;
+                for (int64_t part = 0; part < parts; part++) {
+                    tasks.push_back({i, head, part * SPLIT, std::min(p.end, (part + 1) * SPLIT), part, parts, partials});
+                }
+                if (parts > 1) partials += parts;
+            }
+        }
+    }
+
+    // Slot and position of the t-th token.
+    std::pair<int64_t, int64_t> place(int64_t t) const {
+        auto after = std::upper_bound(
+            pieces.begin(), pieces.end(), t, [](int64_t row, const Piece& p) { return row < p.row; }
+        );
+        const Piece& p = *--after;
+        return {p.slot, p.begin + t - p.row};
+    }
+};
