@@ -25,8 +25,8 @@ HERE = [name for name, needed in VARIANTS.items() if needed <= cpu_flags()]
 KERNELS = ["reference", *HERE]
 LAYERS = 2
 EXACT = {"float32": 2e-5, "bfloat16": 2**-6}
-"""Bound on |error| / max(1, |value|). float32 sums in another order. In bfloat16 queries, once scaled, and the
-weights of the softmax are rounded to 8 bits; all sums are float32."""
+"""Bound on |error| / max(1, |value|). float32 sums in another order. In bfloat16 queries, once scaled, and
+the softmax's weights are rounded to 8 bits; all sums are float32."""
 
 Piece = tuple[int, int, int]
 
@@ -196,8 +196,8 @@ def rows_of(
 
 
 MANY, EVERY = 256, 7
-"""Of more tokens than that in one piece, every seventh is checked, and the last ones. Seven divides no number of
-queries that kernels take at a time, so that all of their lanes have their turn."""
+"""Of more tokens than that in one piece, every seventh is checked, and the last ones. Seven divides no number
+of queries that kernels take at a time, so that all of their lanes have their turn."""
 
 
 @dataclass
