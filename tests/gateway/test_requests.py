@@ -137,3 +137,64 @@ def test_a_full_table_takes_no_more_until_one_is_closed(table: RequestTable) -> 
     assert table.close(first) and not table.close(first)
     opened(table, "c")
     assert len(table) == 2
+
+
+def new(*rows: tuple[int, int, list[int]]) -> scheduler_pb2.NewTokens:
+    """(number, index, token ids) of each request."""
+    return scheduler_pb2.NewTokens(
+        numbers=[number for number, _, _ in rows],
+        indexes=[index for _, index, _ in rows],
+        counts=[len(token_ids) for _, _, token_ids in rows],
+        token_ids=[token for _, _, token_ids in rows for token in token_ids],
+    )
+
+
+def start(table: RequestTable, request_id: str, number: int, scheduler: str = "s", attempt: int = 1) -> None:
+    event = Event(request_id=request_id, attempt=attempt, number=number, started=Event.Started())
+    assert table.handle(event, scheduler) is None
+
+
+async def test_new_tokens_reach_the_requests_that_their_numbers_stand_for(table: RequestTable) -> None:
+    first, second = opened(table, "first"), opened(table, "second")
+    start(table, "first", 5)
+    start(table, "second", 9)
+    assert table.receive(new((5, 0, [1, 2]), (9, 0, [3])), "s") == []
+    assert table.receive(new((9, 1, [4]), (5, 1, [2, 6])), "s") == [], "what is here already is dropped"
+    assert (await first.take()).token_ids == [1, 2, 6]
+    assert (await second.take()).token_ids == [3, 4]
+
+
+async def test_new_tokens_with_a_gap_fail_their_request_alone(table: RequestTable) -> None:
+    first, second = opened(table, "first"), opened(table, "second")
+    start(table, "first", 5)
+    start(table, "second", 9)
+    (answer,) = table.receive(new((5, 1, [1]), (9, 0, [3])), "s")
+    assert answer.cancel.request_id == "first"
+    with pytest.raises(Internal):
+        await first.take()
+    assert (await second.take()).token_ids == [3]
+
+
+async def test_new_tokens_of_an_older_attempt_are_dropped(table: RequestTable) -> None:
+    live = opened(table)
+    start(table, "r", 5, "old")
+    table.receive(new((5, 0, [1])), "old")
+    query = Event(request_id="r", attempt=2, number=5, resume_query=Event.ResumeQuery())
+    answer = table.handle(query, "young")
+    assert answer is not None and list(answer.resume.emitted_tokens) == [1]
+    assert table.receive(new((5, 1, [7])), "old") == [], "nor is it cancelled: the request lives"
+    assert table.receive(new((5, 1, [2])), "young") == []
+    assert (await live.take()).token_ids == [1, 2]
+
+
+def test_a_number_that_stands_for_nobody_is_cancelled(table: RequestTable) -> None:
+    live = opened(table)
+    start(table, "r", 5)
+    table.close(live)
+    (answer,) = table.receive(new((5, 0, [1])), "s")
+    assert answer.cancel.number == 5
+    opened(table)
+    start(table, "r", 6)
+    table.begin("s")
+    (answer,) = table.receive(new((6, 0, [1])), "s")
+    assert answer.cancel.number == 6, "numbers mean nothing in a new stream until they are told again"

@@ -128,6 +128,10 @@ class FakeGateway:
         del self.clients[client.request.request_id]
         await self._cancel(client.request.request_id)
 
+    async def cancel_number(self, number: int) -> None:
+        cancel = scheduler_pb2.AttachRequest.Cancel(number=number)
+        await self._write(scheduler_pb2.AttachRequest(cancel=cancel))
+
     async def _cancel(self, request_id: str) -> None:
         cancel = scheduler_pb2.AttachRequest.Cancel(request_id=request_id)
         await self._write(scheduler_pb2.AttachRequest(cancel=cancel))

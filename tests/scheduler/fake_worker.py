@@ -206,6 +206,8 @@ class Stream:
                 self.leave(number, busy=False)
         for number in batch:
             self.leave(number, busy=False)
+        if steps == job.steps:
+            self.worker.followed.append(bool(self.lanes["decode"]))
         self.done(job.job, refused=refused, steps=steps, seconds=0.001 * steps)
 
     def step(self, job: int, numbers: Sequence[int], steps: int = 1) -> None:
@@ -253,6 +255,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         """Cleared: executors stand still."""
         self.gate.set()
         self.jobs: list[Any] = []
+        self.followed: list[bool] = []
+        """Whether another decode job waited when one had run to its end."""
         self.peak = 0
         self.quotas: dict[str, int] = {}
         self.quota_revision = 0

@@ -88,7 +88,7 @@ def test_chunks_shrink_to_what_the_device_does_in_time() -> None:
         policy.observe(JobEnded("prefill", "a", 128, 1.28))
     world.jobs.clear()
     for request in world.requests.values():
-        request.job, request.computed = None, 128
+        request.jobs, request.computed = [], 128
     (second,) = prefills(world.decide())
     assert second.chunks[0].end - second.chunks[0].start == 50, "100 tokens/s for half a second"
 
@@ -258,7 +258,7 @@ def test_quotas_move_from_who_leaves_them_unused_to_who_is_short_but_never_below
         world.decide()
         world.jobs.clear()
         for request in world.requests.values():
-            request.job = None
+            request.jobs = []
         world.now += 1
         history.append(world.quotas["a"])
     assert history == sorted(history), "steadily"

@@ -46,6 +46,34 @@ async def _empty(setting: Setting, model: str) -> bool:
     return await setting.queue_length(model) == 0
 
 
+@pytest.mark.parametrize("lease_steps", [1, 3, 8])
+async def test_the_next_lease_is_at_the_worker_before_one_ends(setting: Setting, lease_steps: int) -> None:
+    worker = await setting.worker(400, {"a": shape()}, seconds=0.02)
+    await setting.place(worker)
+    gateway = await setting.gateway((await setting.scheduler(lease_steps=lease_steps)).address)
+    clients = [await gateway.ask("a", [1, 2, number], 26) for number in range(3)]
+    async with asyncio.timeout(15):
+        for client in clients:
+            await client.done.wait()
+    for number, client in enumerate(clients):
+        assert client.tokens == completion([1, 2, number], 26)
+    late = worker.followed.count(False)
+    assert late <= 1 + len(clients), "only where nobody was left, or somebody had just joined"
+    assert len(worker.followed) > late
+
+
+async def test_a_gateway_may_cancel_by_number(setting: Setting) -> None:
+    worker = await setting.worker(200, {"a": shape()}, seconds=0.01)
+    await setting.place(worker)
+    gateway = await setting.gateway((await setting.scheduler()).address)
+    client = await gateway.ask("a", [1, 2, 3], 400)
+    await client.reach(5)
+    (number,) = gateway.numbers
+    await gateway.cancel_number(number)
+    await eventually(lambda: worker.available == 200)
+    assert not client.done.is_set()
+
+
 async def test_a_stop_token_ends_it(setting: Setting) -> None:
     worker = await setting.worker(200, {"a": shape()})
     await setting.place(worker)

@@ -43,7 +43,8 @@ class Request:
     groups: int = 0
     open: bool = False
     decoded: bool = False
-    job: int | None = None
+    jobs: list[int] = field(default_factory=list)
+    """The job that runs, and the decode job that is to follow it."""
     preemptions: int = 0
 
     @property
@@ -73,12 +74,19 @@ class Job:
     closing: dict[str, int] = field(default_factory=dict)
     closing_slots: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def left(self) -> int:
+        """Steps of a lease that are left."""
+        return self.what.steps - self.steps if isinstance(self.what, DecodeJob) else 1
+
 
 class World:
     """Invariants are asserted wherever the books change."""
 
-    def __init__(self, policy: Policy, total: int, shapes: dict[str, Shape]) -> None:
+    def __init__(self, policy: Policy, total: int, shapes: dict[str, Shape], lead: int = 2) -> None:
         self.policy, self.total, self.shapes = policy, total, shapes
+        self.lead = lead
+        """Steps before a lease's end when the next one may be decided on."""
         self.requests: dict[int, Request] = {}
         self.finished: list[Request] = []
         self.quotas: dict[str, int] = {}
@@ -116,19 +124,11 @@ class World:
                     slots_free=shape.slots - sum(r.open for r in mine) - closing_slots,
                     quota=self.quotas.get(name),
                     waiting=tuple(
-                        Waiting(
-                            r.number, r.arrival, r.tokens, r.computed, r.groups, r.open, r.job is not None
-                        )
+                        Waiting(r.number, r.arrival, r.tokens, r.computed, r.groups, r.open, bool(r.jobs))
                         for r in mine
                         if not r.running
                     ),
-                    running=tuple(
-                        Running(
-                            r.number, r.arrival, r.tokens, r.limit, r.groups, r.job is not None, r.decoded
-                        )
-                        for r in mine
-                        if r.running
-                    ),
+                    running=tuple(self.running(r) for r in mine if r.running),
                     held=sum(map(self.blocks, mine)),
                     closing=sum(job.closing.get(name, 0) for job in self.jobs.values()),
                     pinned_quota=shape.pinned,
@@ -142,10 +142,27 @@ class World:
                 job.what.model,
                 job.what.share,
                 job.ending,
+                self.ends_soon(job),
+                job.left <= 1,
             )
             for job in self.jobs.values()
         )
         return Snapshot(tuple(models), Pool(self.total, self.available), jobs, cores=2)
+
+    def ends_soon(self, job: Job) -> bool:
+        """Whether it is a lease near its end that none follows."""
+        if isinstance(job.what, PrefillJob) or job.ending or job.left > self.lead:
+            return False
+        same = (
+            o for o in self.jobs.values() if isinstance(o.what, DecodeJob) and o.what.model == job.what.model
+        )
+        return sum(1 for _ in same) == 1
+
+    def running(self, r: Request) -> Running:
+        length, renew = r.tokens, False
+        if r.jobs and self.ends_soon(job := self.jobs[r.jobs[0]]) and r.tokens + job.left < r.limit:
+            length, renew = r.tokens + job.left, True
+        return Running(r.number, r.arrival, length, r.limit, r.groups, bool(r.jobs), r.decoded, renew)
 
     # What it decides
 
@@ -179,18 +196,21 @@ class World:
                 self.start(decision, members)
             case DecodeJob(model, sequences, steps):
                 assert steps >= 1 and sequences
-                assert not any(
-                    isinstance(job.what, DecodeJob) and job.what.model == model for job in self.jobs.values()
-                )
+                assert all(
+                    self.ends_soon(job) or job.ending
+                    for job in self.jobs.values()
+                    if isinstance(job.what, DecodeJob) and job.what.model == model
+                ), "one lease of a model, and one that is to follow it"
                 members = [self.requests[number] for number in sequences]
                 for request in members:
                     assert request.model == model and request.running
+                    assert len(request.jobs) <= 1
                     request.decoded = True
-                    self.grow(request, min(request.tokens + steps - 1, request.limit - 1))
+                    length = request.tokens + sum(self.jobs[number].left for number in request.jobs)
+                    self.grow(request, min(length + steps - 1, request.limit - 1))
                 self.start(decision, members)
 
     def grow(self, request: Request, tokens: int) -> None:
-        assert request.job is None
         groups = -(-tokens // self.shapes[request.model].tokens_per_block)
         request.groups = max(request.groups, groups)
 
@@ -199,17 +219,19 @@ class World:
         self.last_job += 1
         self.jobs[self.last_job] = Job(self.last_job, what, members)
         for request in members:
-            request.job = self.last_job
+            request.jobs.append(self.last_job)
 
     def close(self, request: Request) -> None:
         """Give back slot and blocks; those of a sequence in a job when that ends."""
-        if request.job is not None:
-            job = self.jobs[request.job]
-            job.closing[request.model] = job.closing.get(request.model, 0) + self.blocks(request)
-            job.closing_slots[request.model] = job.closing_slots.get(request.model, 0) + 1
-            job.members.remove(request)
-            self.end_lease(job)
-        request.job, request.open, request.decoded = None, False, False
+        for number in request.jobs:
+            self.jobs[number].members.remove(request)
+            self.end_lease(self.jobs[number])
+        if request.jobs:
+            last = self.jobs[request.jobs[-1]]
+            last.closing[request.model] = last.closing.get(request.model, 0) + self.blocks(request)
+            last.closing_slots[request.model] = last.closing_slots.get(request.model, 0) + 1
+        request.jobs.clear()
+        request.open = request.decoded = False
         request.groups = request.computed = 0
 
     def end_lease(self, job: Job) -> None:
@@ -225,7 +247,8 @@ class World:
     # What the worker does
 
     def advance(self, job: Job) -> None:
-        """End a prefill job, or run one step of a decode job (or end it, where its lease was ended)."""
+        """End a prefill job, or run one step of a decode job (or end it, where its lease was ended). One that
+        is to follow another one does not run yet; if its lease was ended, it is over."""
         if isinstance(job.what, PrefillJob):
             ends = {chunk.sequence: chunk.end for chunk in job.what.chunks}
             for request in list(job.members):
@@ -235,6 +258,14 @@ class World:
             self.end(job)
             tokens = sum(chunk.end - chunk.start for chunk in job.what.chunks)
             self.policy.observe(JobEnded("prefill", job.what.model, tokens, tokens / 1000))
+            return
+        before = any(
+            other.number < job.number
+            and isinstance(other.what, DecodeJob)
+            and other.what.model == job.what.model
+            for other in self.jobs.values()
+        )
+        if before and not job.ending:
             return
         if not job.ending:
             job.steps += 1
@@ -250,9 +281,10 @@ class World:
         if request.done:
             del self.requests[request.number]
             self.finished.append(request)
-            job.members.remove(request)
+            for number in request.jobs:
+                self.jobs[number].members.remove(request)
 
     def end(self, job: Job) -> None:
         del self.jobs[job.number]
         for request in job.members:
-            request.job = None
+            request.jobs.remove(job.number)

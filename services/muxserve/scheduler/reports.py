@@ -137,8 +137,9 @@ class Reports:
 
     def on_done(self, done: worker_pb2.JobDone) -> None:
         """A job has ended, one way or another."""
-        self._owner.ask_turn()
         job = self._seats.end(done.job)
+        if job is None or not self._goes_on(job, done):
+            self._owner.ask_turn()
         if job is None:
             return
         if done.outcome != worker_pb2.JOB_OUTCOME_OK:
@@ -153,6 +154,15 @@ class Reports:
             elif job.kind == "prefill":
                 sequence.computed = job.ends[number]
         self._account(job, done)
+
+    def _goes_on(self, job: Job, done: worker_pb2.JobDone) -> bool:
+        """Whether a lease ended as it should and the next one of the same model is there, for some time:
+        nothing came free that could be given to somebody."""
+        as_asked = done.outcome == worker_pb2.JOB_OUTCOME_OK and not done.refused and not job.ending
+        next_one = self._seats.followed(job) if job.kind == "decode" and as_asked else None
+        if next_one is None or self._seats.ends_soon(next_one):
+            return False
+        return all(sequence.request is not None for sequence in job.members.values())
 
     def _account(self, job: Job, done: worker_pb2.JobDone) -> None:
         if not done.refused:

@@ -58,6 +58,24 @@ class Request:
     timer: asyncio.TimerHandle | None = None
     """Runs out at the deadline."""
 
+    id: str = field(init=False)
+    model: str = field(init=False)
+    gateway: str = field(init=False)
+    arrival: float = field(init=False)
+    """When it was accepted, seconds of Unix time: its place in the order of service."""
+    prompt: int = field(init=False)
+    """Tokens of the prompt."""
+    limit: int = field(init=False)
+    """Length at which it finishes."""
+
+    def __post_init__(self) -> None:
+        # Read once: these are asked for with every token.
+        queued = self.queued
+        self.id, self.model, self.gateway = queued.request_id, queued.model, queued.gateway_id
+        self.arrival = queued.accepted_unix_ms / 1000
+        self.prompt = len(queued.prompt_tokens)
+        self.limit = self.prompt + queued.max_tokens
+
     @classmethod
     def from_delivery(cls, number: int, delivery: Delivery) -> Request:
         """A request as it comes from the queue."""
@@ -65,31 +83,9 @@ class Request:
         return cls(number, delivery.entry_id, delivery.attempt, delivery.request, awaiting_resume=resume)
 
     @property
-    def id(self) -> str:
-        return self.queued.request_id
-
-    @property
-    def model(self) -> str:
-        return self.queued.model
-
-    @property
-    def gateway(self) -> str:
-        return self.queued.gateway_id
-
-    @property
-    def arrival(self) -> float:
-        """When it was accepted, seconds of Unix time: its place in the order of service."""
-        return self.queued.accepted_unix_ms / 1000
-
-    @property
     def known(self) -> int:
         """Known tokens."""
-        return len(self.queued.prompt_tokens) + len(self.output)
-
-    @property
-    def limit(self) -> int:
-        """Length at which it finishes."""
-        return len(self.queued.prompt_tokens) + self.queued.max_tokens
+        return self.prompt + len(self.output)
 
     @property
     def running(self) -> bool:

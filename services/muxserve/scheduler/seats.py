@@ -179,12 +179,13 @@ class Seats:
 
     def ends_soon(self, job: Job) -> bool:
         """Whether it is a decode job that will soon have run to its end, and no other waits to follow it."""
-        if job.kind != "decode" or job.ending or job.steps_left > LEAD:
-            return False
-        return not any(
-            each.number != job.number and each.kind == "decode" and each.model == job.model
-            for each in self.jobs.values()
-        )
+        due = job.kind == "decode" and not job.ending and job.steps_left <= LEAD
+        return due and self.followed(job) is None
+
+    def followed(self, job: Job) -> Job | None:
+        """Another job of its kind and model."""
+        others = (each for each in self.jobs.values() if each is not job)
+        return next((each for each in others if (each.kind, each.model) == (job.kind, job.model)), None)
 
     def length(self, request: Request) -> int:
         """Tokens known of a request when the job that it is in, if there is one, has run to its end."""

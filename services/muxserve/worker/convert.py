@@ -94,16 +94,16 @@ def _share(share: float) -> float:
 
 def step_events(progress: Progress) -> worker_pb2.StepEvents:
     """Tokens of a job."""
-    runs = progress.runs.values()
-    token_ids = [token for run in runs for token in run.tokens]
+    runs = progress.runs
+    token_ids = [token for run in runs.values() for token in run.tokens]
     return worker_pb2.StepEvents(
         job=progress.job,
         steps=progress.steps,
-        sequences=progress.runs,
-        positions=[run.position for run in runs],
-        counts=[len(run.tokens) for run in runs],
+        sequences=runs,
+        positions=[run.position for run in runs.values()],
+        counts=[len(run.tokens) for run in runs.values()],
         token_ids=token_ids,
-        states=[_STATES[run.finished] for run in runs],
+        states=[_STATES[run.finished] for run in runs.values()],
         logprobs=[_logprobs(*each) for each in zip(token_ids, progress.logprobs, strict=False)],
     )
 

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from muxserve.engine.messages import UNFINISHED, Step, TokenLogprobs
+from muxserve.engine.messages import UNFINISHED, TokenLogprobs
 from muxserve.worker.orders import DecodeOrder, Ended, Outcome, Tokens
 
 PER_SEQUENCE = 0.003
@@ -36,36 +36,44 @@ class Progress:
     job: int
     steps: int = 0
     """Steps of the job that have ended."""
-    runs: dict[int, Run] = field(default_factory=dict)
-    """By sequence."""
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """One per run, of one token each then; or empty."""
+    _runs: dict[int, Run] = field(default_factory=dict)
+    _added: list[Tokens] = field(default_factory=list)
+    """Steps that are not in the runs yet: put together in one go they cost little more than one."""
 
-    @staticmethod
-    def of(tokens: Tokens, steps: int) -> Progress:
-        """Of one step."""
-        progress = Progress(tokens.job, logprobs=tokens.step.logprobs)
-        progress.add(tokens.sequences, tokens.step, steps)
-        return progress
-
-    def add(self, sequences: tuple[int, ...], step: Step, steps: int) -> None:
-        """Another step of the same job."""
+    def add(self, tokens: Tokens, steps: int) -> None:
+        """Another step of the job: its `steps`-th."""
         self.steps = steps
-        runs = self.runs
-        rows = zip(sequences, step.positions, step.tokens, step.finished, strict=True)
-        for number, position, token, finished in rows:
-            run = runs.get(number)
-            if run is None:
-                runs[number] = Run(position, [token], finished)
-            else:
+        self._added.append(tokens)
+
+    @property
+    def runs(self) -> dict[int, Run]:
+        """By sequence."""
+        added, self._added = self._added, []
+        if len(added) > 1 and not self._runs and all(a.sequences == added[0].sequences for a in added):
+            rows = zip(*(a.step.tokens for a in added), strict=True)
+            first, last = added[0].step, added[-1].step
+            for number, position, row, finished in zip(
+                added[0].sequences, first.positions, rows, last.finished, strict=True
+            ):
+                self._runs[number] = Run(position, list(row), finished)
+            return self._runs
+        for each in added:
+            step = each.step
+            for number, position, token, finished in zip(
+                each.sequences, step.positions, step.tokens, step.finished, strict=True
+            ):
+                run = self._runs.setdefault(number, Run(position, []))
                 run.tokens.append(token)
                 run.finished = finished
+        return self._runs
 
     def take_finished(self) -> Progress:
         """The part of sequences that have finished, which is no longer in this one."""
         part = Progress(self.job, self.steps)
         for number in [number for number, run in self.runs.items() if run.finished != UNFINISHED]:
-            part.runs[number] = self.runs.pop(number)
+            part._runs[number] = self._runs.pop(number)
         return part
 
 
@@ -112,18 +120,18 @@ class Pacer:
         """A step has ended."""
         lease = self._leases.get(tokens.job)
         if lease is None:
-            self._send(Progress.of(tokens, steps=1))
+            self._send(_of(tokens, steps=1))
             return
         lease.steps += 1
         if tokens.step.logprobs:
             self.flush()
-            self._send(Progress.of(tokens, lease.steps))
+            self._send(_of(tokens, lease.steps))
             return
         progress = self._held[-1] if self._held else None
         if not isinstance(progress, Progress) or progress.job != tokens.job:
             progress = Progress(tokens.job)
             self._held.append(progress)
-        progress.add(tokens.sequences, tokens.step, lease.steps)
+        progress.add(tokens, lease.steps)
         self._pace(len(tokens.sequences), lease.left == lease.order.lead)
         if self._held and any(tokens.step.finished):
             self._send(progress.take_finished())
@@ -161,3 +169,10 @@ class Pacer:
             self.flush()
         elif self._timer is None:
             self._timer = loop.call_at(self._due, self.flush)
+
+
+def _of(tokens: Tokens, steps: int) -> Progress:
+    """Of one step alone."""
+    progress = Progress(tokens.job, logprobs=tokens.step.logprobs)
+    progress.add(tokens, steps)
+    return progress

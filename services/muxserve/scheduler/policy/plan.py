@@ -165,6 +165,8 @@ class Plan:
         If not even one step of all fits, the newest sequences that should give way are preempted. Returns
         whether a job was started.
         """
+        if not batch:
+            return False
         steps = self._steps(model, batch)
         while steps > 1 and sum(self.growth(model, r, steps) for r in batch) > self.available:
             steps //= 2
