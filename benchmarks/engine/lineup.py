@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -61,7 +62,7 @@ def peer(
     return Contender(name, command, logs / f"{name}.log", environment)
 
 
-def check_peers(peers: list[str], python: str) -> None:
+def check_peers(peers: Iterable[str], python: str) -> None:
     """Raises CannotRun if `python` has not what they need."""
     for kind in peers:
         module = PEER_MODULES[kind]

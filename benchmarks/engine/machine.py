@@ -74,6 +74,16 @@ def cpu_seconds(pids: list[int]) -> float:
     return total
 
 
+def role(command: list[str]) -> str:
+    """What a command line runs: "muxserve.worker", "muxserve.engine.executor decode", "valkey-server"."""
+    if "-m" not in command:
+        return Path(command[0].split()[0]).name if command else "?"
+    # The last one: before it may come a program that starts the other.
+    last = len(command) - 1 - command[::-1].index("-m")
+    kind = command[command.index("--kind") + 1 :][:1] if "--kind" in command else []
+    return " ".join((*command[last + 1 : last + 2], *kind))
+
+
 def memory(pid: int) -> dict[str, int]:
     """Bytes of one process: proportional share (`pss`), resident, and how much of that is its own or shared.
     Empty if it is gone."""

@@ -49,6 +49,8 @@ class Plan:
     """After the start, later than which no round is begun that would not have ended by then."""
     retries: int
     """How often a measurement is repeated because other programs used the cores meanwhile."""
+    services_seconds: float = 0.0
+    """Of those, what is kept for the services, if they are asked for."""
     streams: tuple[int, ...] = (1, 32)
     """Through the services: how many at once."""
     stream_prompt: int = 128
@@ -107,7 +109,9 @@ def quick() -> Plan:
     """Ends within five minutes on two cores, two peers included. See `--help` for what it leaves out."""
     decode = (Cell("decode", batch, 128, 64 if batch < 32 else 32) for batch in (1, 8, 32, 64))
     cells = (*decode, Cell("prefill", 8, 512, 1), ATTENTION_BASE, ATTENTION)
-    return Plan(cells, rounds=3, seconds=240.0, retries=0, stream_tokens=96, stream_rounds=2)
+    return Plan(
+        cells, rounds=3, seconds=240.0, services_seconds=50.0, retries=0, stream_tokens=96, stream_rounds=2
+    )
 
 
 def full() -> Plan:

@@ -24,7 +24,7 @@ class Results:
 
     environment: dict[str, Any]
     ceilings: list[dict[str, Any]] = field(default_factory=list)
-    """One per number of threads."""
+    """Measured before and after, for each number of threads; what counts is the best."""
     contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name: what each says about itself, its start and its memory."""
     families: dict[str, str] = field(default_factory=dict)
@@ -45,12 +45,12 @@ class Results:
 
     @property
     def copy_bytes_per_s(self) -> float:
-        """The best of all numbers of threads."""
+        """Read and written by the fastest copy."""
         return float(max(one["copy_bytes_per_s"] for one in self.ceilings))
 
     @property
     def flop_per_s(self) -> float:
-        """The best of all numbers of threads."""
+        """Of the fastest product."""
         return float(max(one["matmul_flop_per_s"] for one in self.ceilings))
 
     def variants(self, peer: str) -> list[str]:
@@ -106,15 +106,18 @@ class Results:
         """Ours over theirs, of what was measured. 1 is equal, more is better for us."""
         found: dict[str, Any] = {}
         for peer in dict.fromkeys(self.families.values()):
-            rivals = self.variants(peer)
-            decode = (c for c in self.cells if c.kind == "decode" and c.context == COMPARED_CONTEXT)
-            found[f"decode_vs_{peer}"] = {
-                str(cell.batch): _round(rate(self.done, OURS, cell) / best(self.done, rivals, cell))
-                for cell in decode
+            over = {
+                cell: _round(rate(self.done, OURS, cell) / best(self.done, self.variants(peer), cell))
+                for cell in self.cells
                 if cell.peers
             }
-            theirs = best(self.done, rivals, COMPARED_PREFILL)
-            found[f"prefill_vs_{peer}"] = _round(rate(self.done, OURS, COMPARED_PREFILL) / theirs)
+            found[f"decode_vs_{peer}"] = {
+                str(cell.batch): ratio
+                for cell, ratio in over.items()
+                if cell.kind == "decode" and cell.context == COMPARED_CONTEXT
+            }
+            if COMPARED_PREFILL in over:
+                found[f"prefill_vs_{peer}"] = over[COMPARED_PREFILL]
         if self.through is not None:
             found["services_vs_engine"] = _round(self.through.ratio)
             found["ttft_over_prefill_ms"] = _round(1000 * self.through.ttft_over_prefill_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -93,11 +94,10 @@ class Rounds:
         """As many rounds as the plan and its time allow; no round is begun, but for the first, that would not
         end before `deadline` (perf_counter), nor any cell after it."""
         for number in range(plan.rounds):
-            begun = time.perf_counter()
-            self.round(number, [cell for cell in plan.cells if number == 0 or cell.peers], deadline)
-            now = time.perf_counter()
-            if now + (now - begun) > deadline:
+            cells = [cell for cell in plan.cells if number == 0 or cell.peers]
+            if number and time.perf_counter() + self._estimate(number, cells) > deadline:
                 return
+            self.round(number, cells, deadline)
 
     def round(self, number: int, cells: Iterable[Cell], deadline: float = math.inf) -> None:
         """One round."""
@@ -118,6 +118,12 @@ class Rounds:
                     self.done.append(_measurement(contender.name, cell, number, timing, others, first))
                     if self.done[-1].calm:
                         break
+
+    def _estimate(self, number: int, cells: Iterable[Cell]) -> float:
+        """Seconds that a round will take, going by what was measured."""
+        pairs = itertools.product(cells, self._contenders)
+        found = (chosen(self.done, c.name, cell) for cell, c in pairs if self._takes_part(c, cell, number))
+        return sum(statistics.median(one.seconds for one in each) for each in found if each)
 
     def _takes_part(self, contender: Contender, cell: Cell, number: int) -> bool:
         family = self._families.get(contender.name)

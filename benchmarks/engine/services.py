@@ -18,7 +18,6 @@ from typing import Any
 
 from benchmarks.engine.contender import Contender, ContenderFailed
 from benchmarks.engine.lineup import OURS
-from benchmarks.engine.machine import memory, tree
 from benchmarks.engine.plan import Cell, Plan
 from benchmarks.engine.rounds import Measurement, Rounds, chosen, rate
 
@@ -38,20 +37,6 @@ class Deployment:
     gateway: str
     ready_s: float
     """From starting it to its being ready."""
-
-    def memory(self) -> dict[str, dict[str, int]]:
-        """Of each of its processes, by what it runs."""
-        return {
-            f"{_role(process.cmdline())} ({process.pid})": memory(process.pid) for process in tree(self.pid)
-        }
-
-
-def _role(command: list[str]) -> str:
-    """ "muxserve.worker", "muxserve.engine.executor decode", "valkey-server"."""
-    if "-m" in command:
-        kind = command[command.index("--kind") + 1 :][:1] if "--kind" in command else []
-        return " ".join((command[command.index("-m") + 1], *kind))
-    return Path(command[0]).name if command else "?"
 
 
 @contextmanager
@@ -132,9 +117,16 @@ class Through:
 
 
 def measure(
-    plan: Plan, engine: Contender, model: Path, logs: Path, cores: int, advance: Callable[[str], None]
+    plan: Plan,
+    engine: Contender,
+    model: Path,
+    logs: Path,
+    cores: int,
+    deadline: float,
+    advance: Callable[[str], None],
 ) -> Through:
-    """The engine alone and the services by turns. `engine` is ready. Raises ContenderFailed."""
+    """The engine alone, which is ready, and the services by turns; no round but the first is begun after
+    `deadline`. Raises ContenderFailed."""
     figures = engine.ready["model"]
     tokens = 2 * max(plan.streams) * (plan.stream_prompt + plan.stream_tokens)
     arena = max(LEAST_ARENA, tokens * figures["kv_bytes_per_token"])
@@ -147,6 +139,8 @@ def measure(
             rounds = Rounds((engine, client), {}, figures["vocabulary"], plan.retries, advance)
             rounds.warm_up()
             for number in range(plan.stream_rounds):
+                if number and time.perf_counter() > deadline:
+                    break
                 rounds.round(number, [*plan.stream_cells, *[plan.lone] * plan.lone_requests])
-            used = running.memory() | client.memory()
+            used = client.memory()
     return Through(running.ready_s, used, rounds.done, plan.stream_cells, plan.lone)
