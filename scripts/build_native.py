@@ -41,9 +41,7 @@ def compiler() -> list[str] | None:
 def commands(folder: Path) -> dict[Path, list[str]]:
     """What makes which library."""
     found = compiler()
-    if found is None and importlib.util.find_spec("ziglang") is None:
-        raise SystemExit(f"no C++ compiler: install one, or `pip install {ZIG}`")
-    base = found or [sys.executable, "-m", "ziglang", "c++"]
+    base = found or [sys.executable, "-m", "ziglang", "c++", "-s"]  # unlike others it adds debug information
     source = str(folder / "engine.cpp")
     made = {}
     for variant, target in (X86 if platform.machine() == "x86_64" else {"generic": ""}).items():
@@ -58,24 +56,30 @@ def commands(folder: Path) -> dict[Path, list[str]]:
     return made
 
 
-def build(root: Path) -> None:
-    """Compile what is not there or was made from other sources or by other commands."""
+def build(root: Path) -> list[Path]:
+    """Compile what is not there or was made from other sources or by other means; returns all libraries."""
     folder = root / FOLDER
     sources = b"".join(file.read_bytes() for file in sorted(folder.glob("*.[ch]*")))
 
     def one(out: Path, command: list[str]) -> None:
         stamp = out.with_suffix(".stamp")
-        digest = hashlib.sha256(sources + "\0".join(command).encode()).hexdigest()
+        # The interpreter that runs zig is another one in each build of a wheel.
+        words = "\0".join(command).replace(sys.executable, "python")
+        digest = hashlib.sha256(sources + words.encode()).hexdigest()
         if out.exists() and stamp.exists() and stamp.read_text() == digest:
             return
+        if compiler() is None and importlib.util.find_spec("ziglang") is None:
+            raise SystemExit(f"no C++ compiler: install one, or `pip install {ZIG}`")
         made = out.with_suffix(f".{os.getpid()}")
         subprocess.run([*command[:-1], str(made)], check=True)
         made.replace(out)  # a process that runs keeps the file that it has mapped
         stamp.write_text(digest)
 
+    wanted = commands(folder)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda item: one(*item), commands(folder).items()):
+        for _ in pool.map(lambda item: one(*item), wanted.items()):
             pass
+    return list(wanted)
 
 
 class NativeBuildHook(BuildHookInterface[Any]):
@@ -87,7 +91,8 @@ class NativeBuildHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self._left_out():
             return
-        build(Path(self.root))
+        # They are git-ignored, and would be left out. What else lies there, or in a source archive, is.
+        build_data["artifacts"] += [f"/{FOLDER}/{library.name}" for library in build(Path(self.root))]
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform_tag()}"
 
