@@ -2,7 +2,10 @@
 #   docker build -f deploy/docker/gateway.Dockerfile -t muxserve-gateway .
 FROM docker.io/library/python:3.11-slim-bookworm AS build
 WORKDIR /src
+# No engine in this image: nothing is compiled.
+ENV MUXSERVE_NATIVE=0
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY scripts/build_native.py scripts/
 # The dependencies, by way of an empty package: a layer that stays as it is when the code changes.
 RUN mkdir -p proto/muxserve services/muxserve gpu/muxserve \
  && python -m venv --without-pip /opt/muxserve \

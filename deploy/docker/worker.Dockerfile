@@ -1,33 +1,33 @@
 # The worker service: a mesh with its arena and executors. Build from the repository's root:
 #   docker build -f deploy/docker/worker.Dockerfile -t muxserve-worker .
-# TORCH_INDEX: a package index with the build of torch that you want, for example one without CUDA.
 FROM docker.io/library/python:3.11-slim-bookworm AS build
-ARG TORCH_INDEX=""
 WORKDIR /src
-# torch is by far the largest part and changes least: a layer of its own.
-RUN python -m venv --without-pip /opt/muxserve \
- && pip --python /opt/muxserve/bin/python install --no-cache-dir \
-      ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY scripts/build_native.py scripts/
 # The dependencies, by way of an empty package: a layer that stays as it is when the code changes.
 RUN mkdir -p proto/muxserve services/muxserve gpu/muxserve \
- && pip --python /opt/muxserve/bin/python install --no-cache-dir -c constraints.txt ".[worker]"
+ && python -m venv --without-pip /opt/muxserve \
+ && MUXSERVE_NATIVE=0 pip --python /opt/muxserve/bin/python install --no-cache-dir -c constraints.txt ".[worker]"
+# The CPU engine's library takes minutes, so it is a layer of its own too. There is no compiler in this image; the one
+# that comes in a wheel is no part of what is installed.
+RUN pip install --no-cache-dir -c constraints.txt hatchling ziglang==0.17.1
+COPY gpu/muxserve/engine/cpu/native gpu/muxserve/engine/cpu/native
+RUN python scripts/build_native.py
 COPY proto proto
 COPY services services
 COPY gpu gpu
-RUN pip --python /opt/muxserve/bin/python install --no-cache-dir --no-deps --force-reinstall .
+# Without isolation, the build finds what has just been compiled, by the same compiler, and takes it.
+RUN pip wheel --no-build-isolation --no-deps --wheel-dir /tmp/wheel . \
+ && pip --python /opt/muxserve/bin/python install --no-cache-dir --no-deps --force-reinstall /tmp/wheel/*.whl
 
 FROM docker.io/library/python:3.11-slim-bookworm AS runtime
 RUN useradd --system --uid 10001 --create-home muxserve
 COPY --from=build /opt/muxserve /opt/muxserve
 ENV PATH=/opt/muxserve/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    NUMBA_CACHE_DIR=/home/muxserve/.cache/numba \
     MUXSERVE_BIND=0.0.0.0:8603
 USER muxserve
 WORKDIR /home/muxserve
-# Compiles the CPU kernels for the machine that builds; on another one, the first start does that.
-RUN python -c "import muxserve.engine.kernels.cpu_compiled"
 EXPOSE 8603
 ENTRYPOINT ["muxserve", "serve", "worker"]
 
