@@ -1,9 +1,9 @@
 """`python -m benchmarks.services`: what serving costs beyond the engine.
 
 Real gateway, scheduler, Valkey, worker and client processes over executors that are simulated: a decode step
-takes --step ms whatever its batch, asleep or (--busy) computing on all cores. Printed: CPU per token of each
-process, tokens/s against the engine alone, gaps between pieces, and what a lone request's first token costs
-beyond its prefill. Raw numbers go to --out.
+takes --step ms whatever its batch, asleep. Printed: CPU per token of each process, tokens/s, gaps between
+pieces, and what a lone request's first token costs beyond its prefill. Raw numbers go to --out. (What is left
+of the engine's own speed when both compete for the cores: `python -m benchmarks.engine --services`.)
 """
 
 from __future__ import annotations
@@ -16,37 +16,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.services.engine import Engine, Pace
+from benchmarks.services.engine import Pace
 from benchmarks.services.processes import Services, services, smollm2
-from muxserve.engine.messages import DecodeJob, DecodeRow, Sampling
 
 LIMIT = 120.0
 """Seconds that a client may take."""
-
-
-def alone(pace: Pace, streams: int, steps: int) -> float:
-    """Tokens/s of the engine alone, in a process of its own that only runs steps."""
-    code = f"from benchmarks.services.__main__ import run_alone; print(run_alone({streams}, {steps}))"
-    environment = {**os.environ, **pace.environment()}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    return float(done.stdout)
-
-
-def run_alone(streams: int, steps: int) -> float:
-    """In that process."""
-    engine = Engine()
-    rows = tuple(DecodeRow(slot, 10, 1 << 20, Sampling()) for slot in range(streams))
-    job = DecodeJob(1, "m", rows, steps)
-    begun = time.perf_counter()
-    count = sum(len(step.tokens) for step in engine.decode(job))
-    return count / (time.perf_counter() - begun)
 
 
 def load(running: Services, streams: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -118,7 +96,6 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=24.0, help="ms of a decode step")
     parser.add_argument("--lone-step", type=float, default=6.0, help="ms of a decode step of a lone stream")
     parser.add_argument("--prefill", type=float, default=30.0, help="ms of a prefill job")
-    parser.add_argument("--busy", action="store_true", help="steps compute instead of sleeping")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256, help="per request")
     parser.add_argument("--rounds", type=int, default=1)
@@ -154,7 +131,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             directory = options.keep or Path(scratch)
             gaps = directory / "gaps.json"
-            pace = Pace(step / 1e3, options.prefill / 1e3, options.busy, str(gaps))
+            pace = Pace(step / 1e3, options.prefill / 1e3, str(gaps))
             with services(
                 pace, checkpoint, directory, settings, options.log_level, options.profile
             ) as running:
@@ -162,10 +139,6 @@ def main() -> None:
             report["lease_gaps"] = json.loads(gaps.read_text())
         numbers = describe(report, pace)
         show(name, numbers)
-        if options.busy:
-            numbers["alone_tokens_per_s"] = alone(pace, streams, 100)
-            numbers["of_alone"] = numbers["tokens_per_s"] / numbers["alone_tokens_per_s"]
-            print(f"    {numbers['of_alone']:.3f} of the engine alone ({numbers['alone_tokens_per_s']:.0f})")
         result[name] = {"pace": asdict(pace), **numbers, "report": report}
     if options.out:
         options.out.write_text(json.dumps(result) + "\n")

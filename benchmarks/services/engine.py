@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from muxserve.engine.link import Link, LinkClosed
 from muxserve.engine.messages import (
     LENGTH,
@@ -43,19 +41,16 @@ from muxserve.engine.messages import (
 VARIABLE = "MUXSERVE_BENCH_ENGINE"
 VOCABULARY = range(1000, 4000)
 """Token ids that are ordinary text in the vocabularies used here."""
-PRODUCTS = 120
-"""Matrix products of a busy step: each ends with all threads waiting for the last one, as layers do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long things take. Busy steps compute on all cores for that time instead of sleeping."""
+    """How long things take."""
 
     step: float = 0.024
     """Seconds of a decode step."""
     prefill: float = 0.03
     """Seconds of a prefill job."""
-    busy: bool = False
     gaps: str = ""
     """File to write the seconds between decode jobs to at the end."""
 
@@ -68,44 +63,16 @@ class Pace:
         return Pace(**json.loads(os.environ.get(VARIABLE, "{}")))
 
 
-class Work:
-    """Passes time: asleep, or in matrix products whose number was measured to take that long."""
-
-    def __init__(self, pace: Pace) -> None:
-        self._busy = pace.busy
-        self._a = np.ones((64, 576), np.float32)
-        self._b = np.ones((576, 768), np.float32)
-        self._seconds = self._measure() if pace.busy else 0.0
-
-    def _measure(self) -> float:
-        """Seconds of one product, alone on this machine: the least of several rounds."""
-        rounds = []
-        for _ in range(20):
-            begun = time.perf_counter()
-            for _ in range(PRODUCTS):
-                self._a @ self._b
-            rounds.append(time.perf_counter() - begun)
-        return min(rounds) / PRODUCTS
-
-    def take(self, seconds: float) -> None:
-        if not self._busy:
-            time.sleep(seconds)
-            return
-        for _ in range(round(seconds / self._seconds)):
-            self._a @ self._b
-
-
 class Engine:
     """Steps without a model."""
 
     def __init__(self) -> None:
         self._pace = Pace.of_environment()
-        self._work = Work(self._pace)
         self._random = random.Random(0)
 
     def prefill(self, job: PrefillJob) -> Iterator[Step]:
         """At most one step."""
-        self._work.take(self._pace.prefill)
+        time.sleep(self._pace.prefill)
         ending = [chunk for chunk in job.chunks if chunk.sampling is not None]
         if ending:
             yield self._step(job.job, [(c.slot, c.end, c.limit) for c in ending])
@@ -114,7 +81,7 @@ class Engine:
         """As many steps as the job asks for, fewer if all rows finish."""
         rows = [(row.slot, row.length, row.limit) for row in job.rows]
         for _ in range(job.steps):
-            self._work.take(self._pace.step)
+            time.sleep(self._pace.step)
             yield self._step(job.job, rows)
             rows = [(slot, length + 1, limit) for slot, length, limit in rows if length + 1 < limit]
             if not rows:
