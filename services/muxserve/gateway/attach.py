@@ -17,8 +17,8 @@ from muxserve.v1 import admin_pb2, scheduler_pb2, scheduler_pb2_grpc
 
 log = structlog.get_logger(__name__)
 
-POLL = 0.5
-"""Seconds between looks at the registry."""
+FIRST_POLL, POLL = 0.2, 1.0
+"""Seconds between looks at the registry, while no scheduler listens and afterwards."""
 HELLO_TIMEOUT = 2.0
 """Seconds that a scheduler may take to answer a hello."""
 FIRST_BACKOFF, LAST_BACKOFF = 0.05, 1.0
@@ -177,7 +177,7 @@ class SchedulerLinks:
             # While Redis is away the schedulers stay who they are.
             with suppress(Unavailable):
                 await self._follow({e.id: e for e in await self._registry.list("scheduler")})
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(POLL if self.attached else FIRST_POLL)
 
     async def close(self) -> None:
         """End all streams."""
