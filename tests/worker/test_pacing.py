@@ -26,8 +26,13 @@ class Decoder:
     def order(self, job: int, sequences: tuple[int, ...], steps: int, lead: int = 0) -> None:
         self.pacer.ordered(DecodeOrder(job, "m", sequences, steps, 1.0, lead))
 
-    def step(
-        self, job: int, sequences: tuple[int, ...], finishing: tuple[int, ...] = (), logprobs: bool = False
+    async def step(
+        self,
+        job: int,
+        sequences: tuple[int, ...],
+        finishing: tuple[int, ...] = (),
+        logprobs: bool = False,
+        settled: bool = True,
     ) -> None:
         positions = tuple(self.known.get(number, 5) for number in sequences)
         self.known |= {number: at + 1 for number, at in zip(sequences, positions, strict=True)}
@@ -36,6 +41,8 @@ class Decoder:
         found = tuple(TokenLogprobs(-1.0) for _ in sequences) if logprobs else ()
         step = Step(job, sequences, positions, positions, finished, found)
         self.pacer.tokens(Tokens(job, sequences, step))
+        if settled:
+            await asyncio.sleep(0)
 
     def end(self, job: int, outcome: Outcome = Outcome.OK) -> None:
         self.pacer.ended(Ended(job, outcome, self.steps.get(job, 0), 0.0, (), "", 9))
@@ -55,17 +62,17 @@ async def test_a_lone_sequence_never_waits() -> None:
     decoder = Decoder(LONG)
     decoder.order(1, (7,), 8)
     for _ in range(3):
-        decoder.step(1, (7,))
+        await decoder.step(1, (7,))
     assert decoder.tokens() == [{7: [5]}, {7: [6]}, {7: [7]}]
 
 
 async def test_many_sequences_share_messages_until_the_time_is_up() -> None:
     decoder, many = Decoder(LONG), tuple(range(10))
     decoder.order(1, many, 100)
-    decoder.step(1, many)
+    await decoder.step(1, many)
     assert len(decoder.tokens()) == 1, "after a pause nobody knows when the next one comes"
-    decoder.step(1, many)
-    decoder.step(1, many)
+    await decoder.step(1, many)
+    await decoder.step(1, many)
     assert decoder.tokens() == []
     async with asyncio.timeout(5):
         while not decoder.sent:  # noqa: ASYNC110 - time is what is waited for
@@ -73,21 +80,29 @@ async def test_many_sequences_share_messages_until_the_time_is_up() -> None:
     assert decoder.tokens() == [{number: [6, 7] for number in many}]
 
 
+async def test_steps_that_come_together_go_together() -> None:
+    decoder, many = Decoder(LONG), tuple(range(200))
+    decoder.order(1, many, 8)
+    for last in (False, False, True):
+        await decoder.step(1, many, settled=last)
+    assert decoder.tokens() == [{number: [5, 6, 7] for number in many}]
+
+
 async def test_a_limit_of_zero_means_one_message_per_step() -> None:
     decoder, many = Decoder(0.0), tuple(range(10))
     decoder.order(1, many, 100)
     for count in range(1, 5):
-        decoder.step(1, many)
+        await decoder.step(1, many)
         assert len(decoder.sent) == count
 
 
 async def test_those_that_finish_go_at_once_with_all_their_tokens() -> None:
     decoder, many = Decoder(LONG), tuple(range(200))
     decoder.order(1, many, 100)
-    decoder.step(1, many)
-    decoder.step(1, many)
+    await decoder.step(1, many)
+    await decoder.step(1, many)
     decoder.tokens()
-    decoder.step(1, many, finishing=(3, 5))
+    await decoder.step(1, many, finishing=(3, 5))
     assert decoder.tokens() == [{3: [6, 7], 5: [6, 7]}]
     decoder.pacer.flush()
     assert decoder.tokens() == [{number: [6, 7] for number in many if number not in (3, 5)}]
@@ -97,11 +112,11 @@ async def test_nothing_is_held_back_when_the_scheduler_has_to_hear_in_time() -> 
     decoder, many = Decoder(LONG), tuple(range(200))
     decoder.order(1, many, 8, lead=4)
     for _ in range(3):
-        decoder.step(1, many)
+        await decoder.step(1, many)
     decoder.tokens()
-    decoder.step(1, many)
+    await decoder.step(1, many)
     assert len(decoder.tokens()) == 1
-    decoder.step(1, many)
+    await decoder.step(1, many)
     assert decoder.tokens() == []
 
 
@@ -109,12 +124,12 @@ async def test_logprobs_and_tokens_of_prompts_do_not_wait_and_order_is_kept() ->
     decoder, many = Decoder(LONG), tuple(range(200))
     decoder.order(1, many, 8)
     for _ in range(3):
-        decoder.step(1, many)
+        await decoder.step(1, many)
     decoder.tokens()
-    decoder.step(1, many, logprobs=True)
+    await decoder.step(1, many, logprobs=True)
     assert [each[0] for each in decoder.tokens()] == [[6, 7], [8]]
-    decoder.step(1, many)
-    decoder.step(2, (900,))
+    await decoder.step(1, many)
+    await decoder.step(2, (900,))
     assert decoder.tokens() == [{900: [5]}], "job 2 is no decode job"
 
 
@@ -123,12 +138,12 @@ async def test_the_end_of_a_lease_waits_only_if_another_follows() -> None:
     decoder.order(1, many, 2)
     decoder.order(2, many, 2)
     for _ in range(2):
-        decoder.step(1, many)
+        await decoder.step(1, many)
     decoder.tokens()
     decoder.end(1)
     assert decoder.sent == []
     for _ in range(2):
-        decoder.step(2, many)
+        await decoder.step(2, many)
     decoder.end(2)
     kinds = [each.job if isinstance(each, Ended) else dict(each.runs) for each in decoder.sent]
     assert kinds[0] == 1 or kinds[1] == 1, "no earlier than its tokens"
@@ -139,8 +154,8 @@ async def test_an_early_end_is_told_at_once() -> None:
     decoder, many = Decoder(LONG), tuple(range(200))
     decoder.order(1, many, 8)
     decoder.order(2, many, 8)
-    decoder.step(1, many)
-    decoder.step(1, many)
+    await decoder.step(1, many)
+    await decoder.step(1, many)
     decoder.tokens()
     decoder.end(2)
     (last,) = [each for each in decoder.sent if isinstance(each, Ended)]
@@ -172,7 +187,7 @@ def test_each_token_goes_once_in_order_and_before_its_jobs_end(
                 if not going:
                     break
                 gone = data.draw(st.sets(st.sampled_from(going), max_size=1))
-                decoder.step(number, going, tuple(gone), logprobs=data.draw(st.integers(0, 9)) == 0)
+                await decoder.step(number, going, tuple(gone), logprobs=data.draw(st.integers(0, 9)) == 0)
                 alive -= gone
             decoder.end(number)
             if follow:

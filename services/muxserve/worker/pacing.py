@@ -111,6 +111,9 @@ class Pacer:
         self._due = 0.0
         self._last_step = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
+        self._deciding = False
+        self._at_once = False
+        """Whether what is held must not be."""
 
     def ordered(self, order: DecodeOrder) -> None:
         """That decode job will run."""
@@ -132,9 +135,13 @@ class Pacer:
             progress = Progress(tokens.job)
             self._held.append(progress)
         progress.add(tokens, lease.steps)
-        self._pace(len(tokens.sequences), lease.left == lease.order.lead)
-        if self._held and any(tokens.step.finished):
+        self._at_once |= len(tokens.sequences) == 1 or lease.left == lease.order.lead
+        if any(tokens.step.finished):
             self._send(progress.take_finished())
+        if not self._deciding:
+            # Steps that the executor has told together are decided on together.
+            self._deciding = True
+            asyncio.get_running_loop().call_soon(self._decide, len(tokens.sequences))
 
     def ended(self, ended: Ended) -> None:
         """A job has ended."""
@@ -153,19 +160,21 @@ class Pacer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        held, self._held = self._held, []
+        held, self._held, self._at_once = self._held, [], False
         for each in held:
             if isinstance(each, Ended) or each.runs:
                 self._send(each)
 
-    def _pace(self, sequences: int, at_once: bool) -> None:
+    def _decide(self, sequences: int) -> None:
+        self._deciding = False
+        if not self._held:
+            return
         loop = asyncio.get_running_loop()
         now = loop.time()
         gap, self._last_step = now - self._last_step, now
-        wait = min(self._longest, PER_SEQUENCE * (sequences - 1))
         if self._timer is None:
-            self._due = now + wait
-        if at_once or now + gap > self._due:
+            self._due = now + min(self._longest, PER_SEQUENCE * (sequences - 1))
+        if self._at_once or now + gap > self._due:
             self.flush()
         elif self._timer is None:
             self._timer = loop.call_at(self._due, self.flush)
