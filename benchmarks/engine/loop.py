@@ -134,6 +134,7 @@ class Loop:
         options = self._options
         counted = 0
         while counted < options.requests:
+            self._grow()
             self._admit()
             if not self.marks and self._held() >= options.target - 0.05:
                 self._mark(0)
@@ -146,6 +147,7 @@ class Loop:
                     self._mark(counted)
         self._counting = False
         while self._live or self._back:
+            self._grow()
             self._prefill(self._resume())
             self._lease()
             self._retire()
@@ -169,10 +171,9 @@ class Loop:
         o = self._options
         found = []
         for number in range(o.cohort):
-            prompt = source.choices(
-                range(FIRST_ID, vocabulary), k=source.randint(o.shortest_prompt, o.longest_prompt)
-            )
-            limit = len(prompt) + source.randint(o.shortest_text, o.longest_text)
+            length = source.randint(o.shortest_prompt, o.longest_prompt)
+            prompt = source.choices(range(FIRST_ID, vocabulary), k=length)
+            limit = length + source.randint(o.shortest_text, o.longest_text)
             # Every second one is sampled, so that the sampler's costly ways have their part.
             temperature = 0.0 if number % 2 else 0.8
             sampling = Sampling(temperature=temperature, top_p=0.95, seed=number, prompt_length=length)
@@ -206,7 +207,7 @@ class Loop:
         return came
 
     def _fits(self, request: Request) -> bool:
-        groups = self._model.layout.spans(request.length)
+        groups = self._model.layout.spans(self._next_length(request))
         after = self._held() + groups * self._model.layout.blocks_per_span / self._pool.blocks
         return after <= self._options.target or not self._live
 
@@ -214,14 +215,19 @@ class Loop:
         request.admitted = request.admitted or time.perf_counter()
         request.slot = self._model.tables.acquire(request.number)
         request.spans = 0
-        self._cover(request, request.length)
+        self._cover(request)
         self._model.tables.tokens[request.slot, : request.length] = [*request.prompt, *request.text]
         self._live.append(request)
         return request
 
-    def _cover(self, request: Request, tokens: int) -> None:
-        """Blocks for the KV of so many tokens. Raises OutOfBlocks."""
-        wanted = self._model.layout.spans(tokens)
+    @staticmethod
+    def _next_length(request: Request) -> int:
+        """Tokens whose KV is there after the next lease, and after the prompt if that is to be read first."""
+        return min(request.length + LEASE, request.limit - 1)
+
+    def _cover(self, request: Request) -> None:
+        """Blocks for the next lease. Raises OutOfBlocks."""
+        wanted = self._model.layout.spans(self._next_length(request))
         if wanted > request.spans:
             ids = self._pool.allocate(MODEL, wanted - request.spans)
             self._model.tables.assign(request.slot, request.spans, ids)
@@ -237,13 +243,12 @@ class Loop:
             chunk = PrefillChunk(request.slot, 0, request.length, request.limit, request.sampling)
             self._run(PrefillJob(self._jobs, MODEL, (chunk,), self._options.threads), [request])
 
-    def _lease(self) -> None:
-        """One decode job over all that live, once each has the blocks it may need; the newest make room."""
+    def _grow(self) -> None:
+        """Blocks for the next lease of all that live; the newest make room."""
         going = 0
         while going < len(self._live):
-            request = self._live[going]
             try:
-                self._cover(request, min(request.length + LEASE - 1, request.limit - 1))
+                self._cover(self._live[going])
                 going += 1
             except OutOfBlocks:
                 newest = self._live[-1]
@@ -251,6 +256,9 @@ class Loop:
                 newest.recomputed = True
                 self.recomputed += 1
                 self._back.append(newest)
+
+    def _lease(self) -> None:
+        """One decode job over all that live."""
         rows = tuple(DecodeRow(r.slot, r.length, r.limit, r.sampling) for r in self._live if not r.ended)
         if rows:
             self._run(DecodeJob(self._jobs, MODEL, rows, LEASE, self._options.threads), self._live)
@@ -281,9 +289,8 @@ class Loop:
         for request in ended:
             self._free(request)
             # A recomputed sequence is rounded in other places: its text may differ.
-            wanted = (
-                request.text if request.recomputed else self._texts.setdefault(request.number, request.text)
-            )
+            if not request.recomputed:
+                self._texts.setdefault(request.number, request.text)
             counted = self._counting and bool(self.marks) and request.admitted >= self.marks[0].at
             count = len(request.text)
             self.done.append(
