@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -45,6 +47,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="that compute")
+    parser.add_argument(
+        "--huge-pages",
+        action="store_true",
+        help="ask for an arena in huge pages: private, not as workers have it",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write raw JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where to write a plot (needs matplotlib)")
     parser.add_argument(
@@ -57,7 +64,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> Results:
     """All of it."""
     begun = time.perf_counter()
     size = bandwidth.largest() * 5 // 4  # a quarter is free, as in a pool in use
-    arena = SharedArena.create(size, mmap.PAGESIZE).data
+    arena = _private_huge_pages(size) if options.huge_pages else SharedArena.create(size, mmap.PAGESIZE).data
     fill(arena)
     results = Results(environment=_environment(options, arena.nbytes))
     work = [("decode", *each, 1) for each in bandwidth.decode_shapes()]
@@ -80,6 +87,20 @@ def measure(options: argparse.Namespace, progress: Progress) -> Results:
     return results
 
 
+def _private_huge_pages(size: int) -> NDArray[np.uint8]:
+    """Memory that no other process can map; whether the kernel did as it is asked, `_huge_bytes` says."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
+
+
+def _huge_bytes() -> int:
+    """Bytes of this process that lie in huge pages."""
+    lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
+    found = {words[0]: words[1] for words in lines}
+    return 1024 * sum(int(found.get(name, 0)) for name in ("AnonHugePages:", "ShmemPmdMapped:"))
+
+
 def _environment(options: argparse.Namespace, arena_bytes: int) -> dict[str, Any]:
     return machine.describe() | {
         "threads": options.threads,
@@ -87,6 +108,7 @@ def _environment(options: argparse.Namespace, arena_bytes: int) -> dict[str, Any
         "quick": options.quick,
         "arena_bytes": arena_bytes,
         "page_bytes": mmap.PAGESIZE,
+        "huge_bytes": _huge_bytes(),
     }
 
 

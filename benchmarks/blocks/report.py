@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 from benchmarks.blocks.bandwidth import CHUNK, HISTORY, Measured
 from benchmarks.blocks.layouts import CONTIGUOUS, IN_ORDER, LAYOUTS, SIZES
@@ -40,9 +41,16 @@ def _machine(results: Results) -> Grid:
         ("calls that the kernel did not interrupt", f"{statistics.mean(quiet):.0%}"),
         ("copy, read and written", _rates(results.copies)),
         ("read", _rates(results.reads)),
-        ("arena", f"{told['arena_bytes'] / 2**20:.0f} MiB, {told['page_bytes'] // 1024} KiB pages"),
+        ("arena", _arena(told)),
     )
     return Grid("Machine", ("", "what it is"), rows)
+
+
+def _arena(told: dict[str, Any]) -> str:
+    size, huge = (told[name] / 2**20 for name in ("arena_bytes", "huge_bytes"))
+    return (
+        f"{size:.0f} MiB, {told['page_bytes'] // 1024} KiB pages, of the process {huge:.0f} MiB in huge ones"
+    )
 
 
 def _rates(values: list[float]) -> str:
