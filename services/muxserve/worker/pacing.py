@@ -138,7 +138,9 @@ class Pacer:
         self._at_once |= len(tokens.sequences) == 1 or lease.left == lease.order.lead
         if any(tokens.step.finished):
             self._send(progress.take_finished())
-        if not self._deciding:
+        if not self._longest:
+            self.flush()
+        elif not self._deciding:
             # Steps that the executor has told together are decided on together.
             self._deciding = True
             asyncio.get_running_loop().call_soon(self._decide, len(tokens.sequences))
