@@ -6,9 +6,11 @@ decode executor runs them. In theory nothing is lost: a token of either takes as
 that both together make 2 / (1/a + 1/b) tokens per second. Then the same with a third model loaded that nobody
 asks.
 
-A round measures each of these, in an order that changes from round to round, and gives ratios of its own; the
-figures are medians over rounds. Sequences begin at a length and with a cache of zeros: what KV says costs
-nothing. Rates are by the clock and by processor time, which tells where other programs use the same cores.
+A round measures each of these, in an order that changes from round to round. Of each model's leases in one
+measurement (alone, so many steps of the long job) the median counts, from the end of the lease before it; a
+round has ratios of its own, and the figures are medians over rounds: so much against other programs on the
+same cores. By the clock, and by processor time. Sequences begin at a length and with a cache of zeros: what KV says costs
+nothing.
 """
 
 from __future__ import annotations
@@ -18,19 +20,23 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
 from benchmarks.engine import machine
-from benchmarks.engine.unit import Served, Unit, layout_of, open_model, random_like
+from benchmarks.engine.unit import Served, Unit, layout_of, load, open_model, random_like
 from muxserve.engine.checkpoint import Checkpoint
 from muxserve.engine.messages import DecodeJob, DecodeRow, Sampling
 
 GREEDY = Sampling(temperature=0.0)
+Clock = Literal["wall", "cpu"]
+CLOCKS: tuple[Clock, ...] = ("wall", "cpu")
+Leases = dict[str, list[dict[Clock, float]]]
+"""Of one measurement, by model: seconds of each of its leases."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Options:
     """None: SmolLM2-135M-Instruct."""
     second: Path | None = None
     """None: random weights of the first one's shape."""
-    rounds: int = 8
+    rounds: int = 10
     batch: int = 16
     """Sequences of each model."""
     context: int = 128
@@ -53,17 +59,8 @@ class Options:
     block_bytes: int = 16 * 2**10
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Of one measurement, all its tokens."""
-
-    tokens: int
-    wall_s: float
-    cpu_s: float
-
-    def rate(self, clock: str) -> float:
-        """Tokens per second of that clock, "wall" or "cpu"."""
-        return self.tokens / (self.wall_s if clock == "wall" else self.cpu_s)
+def _now() -> dict[Clock, float]:
+    return {"wall": time.perf_counter(), "cpu": time.process_time()}
 
 
 class Stage:
@@ -73,12 +70,13 @@ class Stage:
         self._options = options
         first = open_model(options.model)
         second = open_model(options.second) if options.second else random_like(first, 1)
-        self._third = random_like(first, 2)
         length = options.context + options.steps
         kinds = [(c, layout_of(c.spec, options.block_bytes)) for c in (first, second)]
         blocks = sum(options.batch * layout.spans(length) * layout.blocks_per_span for _, layout in kinds)
         self._unit = Unit(blocks, options.block_bytes, options.threads)
         self.models = [self._open(f"m{i}", checkpoint, length) for i, (checkpoint, _) in enumerate(kinds)]
+        self._third = random_like(first, 2)
+        self._third_weights = load(self._third)
         self._idle: Served | None = None
 
     def _open(self, name: str, checkpoint: Checkpoint, length: int) -> Served:
@@ -92,56 +90,103 @@ class Stage:
     def idle(self, there: bool) -> None:
         """Have the third model, or not."""
         if there and self._idle is None:
-            self._idle = self._unit.add("idle", self._third, self._options.batch, self._options.context)
+            batch, context, weights = self._options.batch, self._options.context, self._third_weights
+            self._idle = self._unit.add("idle", self._third, batch, context, weights)
         elif not there and self._idle is not None:
             self._unit.remove(self._idle)
             self._idle = None
 
-    def alone(self, served: Served) -> Cost:
+    def alone(self, served: Served) -> Leases:
         """One model, one job."""
-        return self._measure(lambda: self._job(served, 0, self._options.steps), 1)
+        times: Leases = {served.name: []}
+        last = _now()
+        for step in self._job(served, 0, self._options.steps):
+            if step % self._options.lease == 0:
+                last = _count(times, served, last)
+        return times
 
-    def together(self) -> Cost:
+    def together(self) -> Leases:
         """Both, in leases by turns."""
+        times: Leases = {served.name: [] for served in self.models}
+        last = _now()
+        for done in range(0, self._options.steps, self._options.lease):
+            for served in self.models:
+                for _ in self._job(served, done, self._options.lease):
+                    pass
+                last = _count(times, served, last)
+        return times
 
-        def turns() -> None:
-            for done in range(0, self._options.steps, self._options.lease):
-                for served in self.models:
-                    self._job(served, done, self._options.lease)
-
-        return self._measure(turns, len(self.models))
-
-    def _measure(self, work: Callable[[], None], models: int) -> Cost:
-        wall, cpu = time.perf_counter(), time.process_time()
-        work()
-        tokens = models * self._options.steps * self._options.batch
-        return Cost(tokens, time.perf_counter() - wall, time.process_time() - cpu)
-
-    def _job(self, served: Served, done: int, steps: int) -> None:
-        """So many steps of its batch, after `done` of them."""
+    def _job(self, served: Served, done: int, steps: int) -> Iterator[int]:
+        """So many steps of its batch, after `done` of them; how many there have been."""
         length = self._options.context + done
         limit = self._options.context + self._options.steps + 1
         rows = tuple(DecodeRow(slot, length, limit, GREEDY) for slot in range(self._options.batch))
-        for step in self._unit.runner.run(DecodeJob(0, served.name, rows, steps, self._options.threads)):
+        job = DecodeJob(0, served.name, rows, steps, self._options.threads)
+        for number, step in enumerate(self._unit.runner.run(job), start=1):
             if step.failed:
                 raise AssertionError(f"logits of slots {step.failed} of {served.name} are not finite")
+            yield number
 
     def close(self) -> None:
+        os.close(self._third_weights)
         self._unit.close()
+
+
+def _count(times: Leases, served: Served, last: dict[Clock, float]) -> dict[Clock, float]:
+    """Enter what has passed since `last` as a lease of that model; the time now."""
+    now = _now()
+    times[served.name].append({clock: now[clock] - last[clock] for clock in CLOCKS})
+    return now
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """All measurements, once; of `together` twice, without the idle model and with it."""
+
+    alone: tuple[Leases, ...]
+    without: tuple[Leases, ...]
+    idle: tuple[Leases, ...]
+
+    def over_theory(self, clock: Clock) -> float:
+        """Tokens per second together over what time-slicing makes in theory."""
+        return _seconds(self.alone, clock) / _seconds(self.without, clock)
+
+    def over_none(self, clock: Clock) -> float:
+        """Tokens per second with the third model over those without."""
+        return _seconds(self.without, clock) / _seconds(self.idle, clock)
+
+
+def _seconds(several: tuple[Leases, ...], clock: Clock) -> float:
+    """Of one lease of each model, all of them together."""
+    names = dict.fromkeys(name for leases in several for name in leases)
+    pooled = ([one[clock] for leases in several for one in leases.get(name, [])] for name in names)
+    return sum(statistics.median(times) for times in pooled)
+
+
+def _round(stage: Stage, number: int) -> Round:
+    """Every second round begins with the idle model."""
+    alone = [stage.alone(stage.models[0])]
+    together: dict[bool, list[Leases]] = {False: [], True: []}
+    for there in (False, True, True, False) if number % 2 else (True, False, False, True):
+        stage.idle(there)
+        together[there].append(stage.together())
+    alone.append(stage.alone(stage.models[1]))
+    return Round(tuple(alone), tuple(together[False]), tuple(together[True]))
 
 
 def run(options: Options) -> dict[str, Any]:
     """Everything that was measured, for JSON."""
     environment = machine.describe()
     stage = Stage(options)
-    others = machine.Others([psutil.Process().pid])
-    rounds: list[dict[str, Cost]] = []
     try:
         stage.together()  # the first pass of all touches memory that later ones find touched
-        rounds.extend(_round(stage, number) for number in range(options.rounds))
+        others = machine.Others([psutil.Process().pid])
+        rounds = [_round(stage, number) for number in range(options.rounds)]
+        elsewhere = others.cores()
     finally:
         stage.close()
-    clocks = ("wall", "cpu")
+    tokens = options.batch * options.lease * len(stage.models)
+    ways: tuple[Literal["alone", "without", "idle"], ...] = ("alone", "without", "idle")
     return {
         "environment": environment,
         "options": {
@@ -149,58 +194,22 @@ def run(options: Options) -> dict[str, Any]:
             "model": str(options.model or "SmolLM2-135M-Instruct"),
             "second": str(options.second or "random weights of that shape"),
         },
-        "others_cores": others.cores(),
+        "others_cores": elsewhere,
         "tokens_per_s": {
-            name: {clock: statistics.median(one[name].rate(clock) for one in rounds) for clock in clocks}
-            for name in rounds[0]
+            way: {
+                clock: tokens / statistics.median(_seconds(getattr(r, way), clock) for r in rounds)
+                for clock in CLOCKS
+            }
+            for way in ways
         },
-        "together_over_theory": {clock: _over_rounds(rounds, clock, _over_theory) for clock in clocks},
-        "idle_third_over_none": {clock: _over_rounds(rounds, clock, _over_none) for clock in clocks},
-        "rounds": [{name: asdict(cost) for name, cost in one.items()} for one in rounds],
+        "together_over_theory": {clock: _over([r.over_theory(clock) for r in rounds]) for clock in CLOCKS},
+        "idle_third_over_none": {clock: _over([r.over_none(clock) for r in rounds]) for clock in CLOCKS},
+        "rounds": [asdict(one) for one in rounds],
     }
 
 
-def _round(stage: Stage, number: int) -> dict[str, Cost]:
-    """All measurements once; every second round the other way round."""
-    first, second = stage.models
-
-    def with_third(there: bool) -> Callable[[], Cost]:
-        def measure() -> Cost:
-            stage.idle(there)
-            return stage.together()
-
-        return measure
-
-    plan: list[tuple[str, Callable[[], Cost]]] = [
-        ("first", lambda: stage.alone(first)),
-        ("together", with_third(False)),
-        ("together_idle", with_third(True)),
-        ("together_idle_again", with_third(True)),
-        ("together_again", with_third(False)),
-        ("second", lambda: stage.alone(second)),
-    ]
-    return {name: measure() for name, measure in (plan if number % 2 else plan[::-1])}
-
-
-def _over_theory(one: dict[str, Cost], clock: str) -> float:
-    theory = 2 / (1 / one["first"].rate(clock) + 1 / one["second"].rate(clock))
-    return _mean(one, clock, "together", "together_again") / theory
-
-
-def _over_none(one: dict[str, Cost], clock: str) -> float:
-    idle = _mean(one, clock, "together_idle", "together_idle_again")
-    return idle / _mean(one, clock, "together", "together_again")
-
-
-def _mean(one: dict[str, Cost], clock: str, *names: str) -> float:
-    return statistics.fmean(one[name].rate(clock) for name in names)
-
-
-def _over_rounds(
-    rounds: list[dict[str, Cost]], clock: str, ratio: Callable[[dict[str, Cost], str], float]
-) -> dict[str, float]:
+def _over(ratios: list[float]) -> dict[str, float]:
     """Above 1 is faster."""
-    ratios = [ratio(one, clock) for one in rounds]
     return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 

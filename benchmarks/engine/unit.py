@@ -44,24 +44,25 @@ class Unit:
         # Touched now: what is resident later is no page that an earlier sequence would have touched.
         self._arena.data.fill(0)
 
-    def add(self, name: str, checkpoint: Checkpoint, slots: int, context: int) -> Served:
-        """Fill weight memory and map it; the model has all of the pool as its quota."""
+    def add(
+        self, name: str, checkpoint: Checkpoint, slots: int, context: int, weights: int | None = None
+    ) -> Served:
+        """A model that has all of the pool as its quota. weights: memory that `load` has filled; None: it is
+        done now."""
         spec = checkpoint.spec
         layout = layout_of(spec, self._arena.block_bytes)
         tables = SequenceTables.create(layout, slots, context)
-        weights = weights_memfd(checkpoint.weight_bytes("panels"))
-        fill(checkpoint, weights, threads=len(os.sched_getaffinity(0)), layout="panels")
-        manifest = checkpoint.manifest("panels")
         command = AddModel(
             model=name,
             spec=spec,
             layout=layout,
             slots=slots,
             context=context,
-            weights=manifest,
+            weights=checkpoint.manifest("panels"),
             weight_layout="panels",
         )
-        self.runner.add(command, weights_fd=weights, tables_fd=os.dup(tables.fd))
+        fd = load(checkpoint) if weights is None else os.dup(weights)
+        self.runner.add(command, weights_fd=fd, tables_fd=os.dup(tables.fd))
         self.pool.register(name, layout, self._arena.blocks)
         return Served(name, spec, layout, tables)
 
@@ -74,6 +75,13 @@ class Unit:
     def close(self) -> None:
         """End the engine's threads."""
         self.runner.close()
+
+
+def load(checkpoint: Checkpoint) -> int:
+    """Memory with the model's weights as the engine takes them: a descriptor for the caller to close."""
+    fd = weights_memfd(checkpoint.weight_bytes("panels"))
+    fill(checkpoint, fd, threads=len(os.sched_getaffinity(0)), layout="panels")
+    return fd
 
 
 def layout_of(spec: ModelSpec, block_bytes: int) -> KVLayout:

@@ -9,9 +9,8 @@ from types import TracebackType
 import numpy as np
 
 from muxserve.engine.arena import SharedArena
-from muxserve.engine.checkpoint import Checkpoint
+from muxserve.engine.checkpoint import Checkpoint, fill
 from muxserve.engine.cpu.runner import CpuRunner
-from muxserve.engine.checkpoint import fill
 from muxserve.engine.messages import AddModel, DecodeJob, DecodeRow, PrefillChunk, PrefillJob, Sampling, Step
 from muxserve.engine.spec import KVLayout
 from muxserve.engine.tables import SequenceTables
@@ -22,7 +21,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class CpuEngine:
-    """One model over an arena full of NaN, its blocks scattered and all allocated; slots are given out in order.
+    """One model over an arena full of NaN, its blocks scattered and all allocated.
 
     Weights go through a memfd in panels, as an executor gets them.
     """

@@ -93,7 +93,7 @@ class SupervisedProcess:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-TAIL_LINES:])
 
-    def _send(self, number: signal.Signals) -> None:
+    def _send(self, number: int) -> None:
         # Not Process.send_signal: it may reap a process that has just died, and then its exit code is lost.
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):

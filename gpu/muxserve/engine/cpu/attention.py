@@ -74,8 +74,8 @@ class BlockAttention:
             self._engine = None
 
     def __call__(self, layer: int, pieces: Sequence[tuple[int, int, int]], qkv: Array) -> Array:
-        """pieces: (slot, begin, end) of each sequence's new tokens, at least one; qkv: float32 `[tokens, heads
-        + 2 kv_heads, head_dim]`, theirs one after another. Returns float32 `[tokens, heads, head_dim]`.
+        """pieces: (slot, begin, end) of each sequence's new tokens, at least one; qkv: float32 `[tokens,
+        heads + 2 kv_heads, head_dim]`, theirs one after another. Returns float32 `[tokens, heads, head_dim]`.
 
         Raises UnallocatedBlockError, JobError.
         """

@@ -53,9 +53,7 @@ class NativeJob:
             model=ctypes.addressof(model.struct),
             rows=len(rows),
             steps=steps,
-            **{
-                name: self._places[i].ctypes.data for i, name in enumerate(("slot", "begin", "end", "limit"))
-            },
+            **{name: self._places[i].ctypes.data for i, name in enumerate(("slot", "begin", "end", "limit"))},
             samples=self._samples.ctypes.data,
             sampling=self._sampling.ctypes.data,
             logprobs=max(logprobs, 0),

@@ -39,8 +39,8 @@ class Layer(ctypes.Structure):
     """See `native/model.h`."""
 
     POINTERS = (
-        *("input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "attention_out_norm", "mlp_norm"),
-        *("gate_up", "gate_up_bias", "down", "down_bias", "mlp_out_norm"),
+        *("input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "attention_out_norm"),
+        *("mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "mlp_out_norm"),
     )
     _fields_ = [*((name, c_void_p) for name in POINTERS), ("window", c_int64), ("rope", c_int64)]
 

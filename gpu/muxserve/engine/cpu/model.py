@@ -19,8 +19,8 @@ Array = NDArray[Any]
 class NativeModel:
     """Pointers into weights, tables and arena, all of which it keeps alive.
 
-    weights: the layout "panels". arena: uint8 `[bytes]`. Raises ValueError for a model that the library cannot
-    run, KeyError for a missing weight.
+    weights: the layout "panels". arena: uint8 `[bytes]`. Raises ValueError for a model that the library
+    cannot run, KeyError for a missing weight.
     """
 
     def __init__(
@@ -85,9 +85,7 @@ class NativeModel:
             if found[role] is None:
                 raise KeyError(f"layers.{index}.{role}")
         pointers = {role: _address(array) for role, array in found.items() if array is not None}
-        return Layer(
-            window=layer.window or 0, rope=-1 if layer.rope is None else layer.rope, **pointers
-        )
+        return Layer(window=layer.window or 0, rope=-1 if layer.rope is None else layer.rope, **pointers)
 
 
 def _check(spec: ModelSpec, layout: KVLayout) -> None:

@@ -1,4 +1,4 @@
-"""`CpuRunner`: jobs on this machine's cores, over memory that the worker owns. Knows no sockets and no torch."""
+"""`CpuRunner`: jobs on this machine's cores, over memory that the worker owns. Knows no sockets, no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import select
 from collections.abc import Iterator
+from contextlib import suppress
 
 from muxserve.engine.arena import SharedArena
 from muxserve.engine.cpu.jobs import NativeJob
@@ -45,10 +46,8 @@ class CpuRunner:
 
     def acknowledge(self) -> None:
         """To be called before collecting: what ends from now on makes `fileno` readable again."""
-        try:
+        with suppress(BlockingIOError):
             os.eventfd_read(self._event)
-        except BlockingIOError:
-            pass
 
     def attach(self, descriptor: AttachArena, fd: int) -> None:
         """Map the arena; closes `fd`. Raises ArenaError."""
