@@ -9,8 +9,8 @@ asks.
 A round measures each of these, in an order that changes from round to round. Of each model's leases in one
 measurement (alone, so many steps of the long job) the median counts, from the end of the lease before it; a
 round has ratios of its own, and the figures are medians over rounds: so much against other programs on the
-same cores. By the clock, and by processor time. Sequences begin at a length and with a cache of zeros: what KV says costs
-nothing.
+same cores. By the clock, and by processor time. Sequences begin at a length and with a cache of zeros: what KV
+says costs nothing.
 """
 
 from __future__ import annotations
