@@ -128,7 +128,7 @@ def main() -> None:
             results = measure(options, progress)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=0) + b"\n")
+            options.out.write_bytes(msgspec.json.encode(results) + b"\n")
         console = Console()
         for grid in report.grids(results):
             console.print(grid.rich())
