@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +31,7 @@ stopped (SIGSTOP) while it is not their turn.
 
 --quick leaves out: contexts of 1,024 and (but for one cell, which is about attention) 4,096 tokens, prompts
 of 128 and 2,048 tokens and lone prompts in prefill, repetitions of disturbed measurements, and whatever would
-end later than four minutes after the start. It generates 32 tokens instead of 64 from 32 prompts or more.
+end later than 225 seconds after the start. It generates 32 tokens instead of 64 from 32 prompts or more.
 
 The last line of standard output is one JSON object of ratios: ours over theirs, 1 is equal, more is better
 for us.
@@ -72,6 +73,8 @@ def main() -> int:
     if options.render:
         print(report.markdown(Results.from_json(json.loads(options.render.read_text()))))
         return 0
+    # As Ctrl-C does: end all that was started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with TemporaryDirectory(prefix="muxserve-benchmark-") as scratch:

@@ -80,12 +80,12 @@ class Contender:
         self.ready_s = time.perf_counter() - self._begun
         self.pause()
 
-    def generate(self, prompts: list[list[int]], new: int) -> Timing:
-        """One request. Raises ContenderFailed."""
+    def generate(self, prompts: list[list[int]], new: int, **more: Any) -> Timing:
+        """One request of `peers.wire`. Raises ContenderFailed."""
         assert self._process.stdin is not None
         self.resume()
         try:
-            self._process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+            self._process.stdin.write(json.dumps({"prompts": prompts, "new": new, **more}) + "\n")
             self._process.stdin.flush()
             answer = self._receive()
         except BrokenPipeError:

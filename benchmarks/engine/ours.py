@@ -18,6 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from benchmarks.engine.peers.wire import Prompts, Stopwatch, Timing, serve
 from muxserve.engine.arena import SharedArena
 from muxserve.engine.checkpoint import open_checkpoint
@@ -64,7 +67,9 @@ class Engine:
         # A sequence's last span is half empty on average and whole at worst.
         groups = self.layout.spans(options.tokens) + options.slots
         blocks = groups * self.layout.blocks_per_span
-        arena = SharedArena.create(blocks * options.block_bytes, options.block_bytes)
+        self._arena = arena = SharedArena.create(blocks * options.block_bytes, options.block_bytes)
+        values = np.random.default_rng(0).standard_normal(options.block_bytes // 2)
+        self._noise = values.astype(ml_dtypes.bfloat16).view(np.uint8)
         self._pool = BlockPool(arena.blocks)
         self._pool.register(MODEL, self.layout, arena.blocks)
         self._tables = SequenceTables.create(self.layout, options.slots, options.context)
@@ -76,7 +81,7 @@ class Engine:
         model = AddModel(MODEL, spec, self.layout, slots, context, manifest, WEIGHT_LAYOUT)
         self._runner.add(model, weights_fd=weights_fd, tables_fd=os.dup(self._tables.fd))
 
-    def generate(self, prompts: Prompts, new: int) -> Timing:
+    def generate(self, prompts: Prompts, new: int, filled: bool = False) -> Timing:
         """As `peers.wire` has it."""
         clock = Stopwatch(len(prompts))
         slots: list[int] = []
@@ -84,7 +89,10 @@ class Engine:
             # One by one: what was opened before a failure is closed.
             slots.extend(self._open(ids, len(ids) + new) for ids in prompts)
             rows = {slot: row for row, slot in enumerate(slots)}
-            for job in self._prefill_jobs(prompts, slots, new):
+            if filled:
+                filling = zip(slots, prompts, strict=True)
+                clock.arrived([(rows[slot], [self._fill(slot, ids)]) for slot, ids in filling])
+            for job in () if filled else self._prefill_jobs(prompts, slots, new):
                 for step in self._run(self._runner.start(job)):
                     clock.arrived([(rows[s], [t]) for s, t in zip(step.slots, step.tokens, strict=True)])
             parts = self._decode(prompts, slots, new, clock, rows) if new > 1 else {}
@@ -107,6 +115,14 @@ class Engine:
         for step in self._run(running):
             clock.arrived([(rows[s], [t]) for s, t in zip(step.slots, step.tokens, strict=True)])
         return running.parts
+
+    def _fill(self, slot: int, ids: list[int]) -> int:
+        """Write random KV to all blocks of the slot, and the token after the prompt, which is returned."""
+        groups = self._tables.groups(slot, self.layout.spans(len(ids)))
+        blocks = self._arena.data.reshape(-1, self.layout.block_bytes)
+        blocks[groups.reshape(-1)] = self._noise
+        self._tables.tokens[slot, len(ids)] = ids[0]
+        return ids[0]
 
     def _prefill_jobs(self, prompts: Prompts, slots: Sequence[int], new: int) -> Iterator[PrefillJob]:
         chunks: list[PrefillChunk] = []

@@ -36,7 +36,7 @@ class Measurement:
     decode_rate: float
     """Of tokens after the last prompt's first token; 0 if there are none."""
     prefill_rate: float
-    """Of prompt tokens, until the last prompt's first token."""
+    """Of prompt tokens, until the last prompt's first token; 0 where KV was filled in."""
     total_rate: float
     """Of generated tokens, prefill included."""
     others_cores: float
@@ -58,7 +58,7 @@ class Measurement:
 def measure(contender: Contender, cell: Cell, prompts: list[list[int]]) -> tuple[Timing, float]:
     """One request, and the cores that others used meanwhile. Raises ContenderFailed."""
     others = Others(contender.pids)
-    timing = contender.generate(prompts, cell.new)
+    timing = contender.generate(prompts, cell.new, **({"filled": True} if cell.filled else {}))
     return timing, others.cores()
 
 
@@ -94,10 +94,9 @@ class Rounds:
         """As many rounds as the plan and its time allow; no round is begun, but for the first, that would not
         end before `deadline` (perf_counter), nor any cell after it."""
         for number in range(plan.rounds):
-            cells = [cell for cell in plan.cells if number == 0 or cell.peers]
-            if number and time.perf_counter() + self._estimate(number, cells) > deadline:
+            if number and time.perf_counter() + self._estimate(number, plan.cells) > deadline:
                 return
-            self.round(number, cells, deadline)
+            self.round(number, plan.cells, deadline)
 
     def round(self, number: int, cells: Iterable[Cell], deadline: float = math.inf) -> None:
         """One round."""
@@ -148,7 +147,7 @@ def _measurement(
         seconds=timing.seconds,
         first_s=timing.first_s,
         decode_rate=timing.decode_tokens / timing.decode_s if timing.decode_tokens else 0.0,
-        prefill_rate=cell.batch * cell.context / timing.first_s,
+        prefill_rate=0.0 if cell.filled else cell.batch * cell.context / timing.first_s,
         total_rate=cell.batch * cell.new / timing.seconds,
         others_cores=others,
         agreement=statistics.fmean(same),

@@ -122,8 +122,7 @@ class Run:
         rounds = Rounds(
             contenders, results.families, results.model["vocabulary"], plan.retries, self._advance
         )
-        total = sum(len(contenders) if cell.peers else 1 for cell in plan.cells)
-        total += sum(cell.peers for cell in plan.cells) * len(contenders) * (plan.rounds - 1)
+        total = plan.rounds * len(plan.cells) * len(contenders)
         self._progress.update(self._task, total=total, completed=0, description="warming up")
         results.done = rounds.done
         rounds.warm_up()

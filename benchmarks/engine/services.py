@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -45,14 +46,9 @@ def deployment(model: Path, arena: int, cores: int, log: Path) -> Iterator[Deplo
     begun = time.perf_counter()
     with TemporaryDirectory(prefix="muxserve-benchmark-") as folder, log.open("w") as errors:
         ready_file = Path(folder) / "ready.json"
-        command = [
-            sys.executable,
-            "-m",
-            "muxserve.cli.main",
-            "up",
-            "--model",
-            f"{MODEL}={model},dtype=bfloat16",
-        ]
+        # As a child that cannot outlive this process, however it ends.
+        command = [sys.executable, "-m", "muxserve.cli.child", f"{os.getpid()}", "-m", "muxserve.cli.main"]
+        command += ["up", "--model", f"{MODEL}={model},dtype=bfloat16"]
         command += ["--port", "0", "--admin-port", "0", "--cores", f"{cores}", "--arena", f"{arena}"]
         command += ["--run-dir", f"{folder}/run", "--ready-file", f"{ready_file}", "--log-level", "warning"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)

@@ -2,14 +2,17 @@
 
 A contender is a process that keeps a model in memory. Its first line says that it is ready:
 `{"start_s": …, …}`, with whatever it has to say about itself. Then each request
-`{"prompts": [[id, …], …], "new": n}` is answered by a `Timing` as JSON, or by `{"error": "…"}`. End of input
+`{"prompts": [[id, …], …], "new": n}`, with `"filled": true` for ours where KV need not be the prompts' own,
+is answered by a `Timing` as JSON, or by `{"error": "…"}`. End of input
 ends it. Python's standard library alone, since peers run in interpreters of their own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -73,12 +76,20 @@ class Stopwatch:
         )
 
 
-Generate = Callable[[Prompts, int], Timing]
-"""(prompts, new) → how it went."""
+Generate = Callable[..., Timing]
+"""Of a request's fields by name: how it went."""
+
+
+def _die_with_parent() -> None:
+    """Linux: be killed when the benchmark is gone, even while stopped, so that nothing is left of it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() == 1:  # it was gone before
+        os._exit(1)
 
 
 def serve(start: Callable[[], tuple[Generate, dict[str, Any]]]) -> None:
     """Answer requests until the input ends. `start` loads and returns (how to answer, about itself)."""
+    _die_with_parent()
     # What libraries print must not come between the answers: they get standard error for standard output.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
@@ -88,7 +99,7 @@ def serve(start: Callable[[], tuple[Generate, dict[str, Any]]]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = asdict(generate(request["prompts"], request["new"]))
+            answer = asdict(generate(**request))
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(answer) + "\n")
