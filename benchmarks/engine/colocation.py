@@ -6,11 +6,11 @@ decode executor runs them. In theory nothing is lost: a token of either takes as
 that both together make 2 / (1/a + 1/b) tokens per second. Then the same with a third model loaded that nobody
 asks.
 
-A round measures each of these, in an order that changes from round to round. Of each model's leases in one
-measurement (alone, so many steps of the long job) the median counts, from the end of the lease before it; a
-round has ratios of its own, and the figures are medians over rounds: so much against other programs on the
-same cores. By the clock, and by processor time. Sequences begin at a length and with a cache of zeros: what KV
-says costs nothing.
+A round measures each of these, in an order that changes from round to round. The median of a model's leases
+in a measurement counts (alone, of as many steps of the long job), each from the end of the one before. Every
+round has its own ratios; the figures are medians over rounds, for other programs may use the same cores. By
+the clock, and by processor time. Sequences begin at a length and with a cache of zeros: what KV says costs
+nothing.
 """
 
 from __future__ import annotations

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import psutil
 
+from benchmarks.engine.cohort import Options, Request, make_cohort
 from benchmarks.engine.unit import Served, Unit, layout_of, open_model
 from muxserve.engine.messages import (
     UNFINISHED,
@@ -17,7 +16,6 @@ from muxserve.engine.messages import (
     DecodeRow,
     PrefillChunk,
     PrefillJob,
-    Sampling,
     Step,
 )
 from muxserve.engine.pool import OutOfBlocks
@@ -25,53 +23,6 @@ from muxserve.engine.pool import OutOfBlocks
 MODEL = "m"
 LEASE = 8
 """Steps of a decode job, as the scheduler grants them."""
-FIRST_ID = 16
-"""Ids below are control tokens."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to run. Lengths are drawn evenly from 1 + shortest … longest."""
-
-    model: Path | None = None
-    """None: SmolLM2-135M-Instruct."""
-    requests: int = 1000
-    """To count, a multiple of `cohort`."""
-    cohort: int = 100
-    """Distinct requests."""
-    shortest_prompt: int = 16
-    longest_prompt: int = 256
-    shortest_text: int = 16
-    longest_text: int = 160
-    streams: int = 24
-    """About how many go on at once: the pool is made for them."""
-    target: float = 0.9
-    """Of the pool, up to which requests are admitted."""
-    threads: int = 2
-    block_bytes: int = 16 * 2**10
-    seed: int = 0
-
-
-@dataclass(slots=True)
-class Request:
-    """One of the cohort, on its way. cpu_s: its share of the jobs it was in."""
-
-    number: int
-    prompt: list[int]
-    limit: int
-    sampling: Sampling
-    admitted: float = 0.0
-    slot: int = -1
-    spans: int = 0
-    text: list[int] = field(default_factory=list)
-    ended: bool = False
-    cpu_s: float = 0.0
-    recomputed: bool = False
-
-    @property
-    def length(self) -> int:
-        """Tokens that are known."""
-        return len(self.prompt) + len(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +66,7 @@ class Loop:
         self._pool = self._unit.pool
         slots = groups  # every sequence has one at least
         self._model: Served = self._unit.add(MODEL, checkpoint, slots, longest)
-        self._cohort = self._make_cohort(checkpoint.spec.vocab_size)
+        self._cohort = make_cohort(options, checkpoint.spec.vocab_size)
         self._texts: dict[int, list[int]] = {}
         self._process = psutil.Process()
         self._live: list[Request] = []
@@ -165,20 +116,6 @@ class Loop:
     @property
     def blocks(self) -> int:
         return self._pool.blocks
-
-    def _make_cohort(self, vocabulary: int) -> list[Request]:
-        source = random.Random(self._options.seed)
-        o = self._options
-        found = []
-        for number in range(o.cohort):
-            length = source.randint(o.shortest_prompt, o.longest_prompt)
-            prompt = source.choices(range(FIRST_ID, vocabulary), k=length)
-            limit = length + source.randint(o.shortest_text, o.longest_text)
-            # Every second one is sampled, so that the sampler's costly ways have their part.
-            temperature = 0.0 if number % 2 else 0.8
-            sampling = Sampling(temperature=temperature, top_p=0.95, seed=number, prompt_length=length)
-            found.append(Request(number, prompt, limit, sampling))
-        return found
 
     def _new(self) -> Request:
         like = self._cohort[self._next % len(self._cohort)]

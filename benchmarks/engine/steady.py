@@ -25,7 +25,8 @@ from typing import Any
 import psutil
 
 from benchmarks.engine import machine
-from benchmarks.engine.loop import Ended, Loop, Mark, Options
+from benchmarks.engine.cohort import Options
+from benchmarks.engine.loop import Ended, Loop, Mark
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engine.loop import Options
+from benchmarks.engine.cohort import Options
 from benchmarks.engine.steady import run
 from tests.engine.model_factory import make_model
 
