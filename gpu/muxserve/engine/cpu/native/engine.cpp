@@ -82,22 +82,48 @@ class Engine {
         job.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
     }
 
+    // A step of all rows, in passes of at most MOST tokens: what lies between the products of a longer one would
+    // not stay in the cache.
     bool run_step(Job& job, int64_t step) {
         const Model& m = *job.model;
-        plan_.clear();
-        wanted_.clear();
-        sampling_.clear();
         for (const Row& row : rows_) {
-            int64_t slot = job.slot[row.index];
+            const int64_t slot = job.slot[row.index];
             if (slot < 0 || slot >= m.slots || row.begin < 0 || row.begin >= row.end || row.end > m.context) {
                 job.failure.store(OUT_OF_RANGE);
                 return false;
             }
-            plan_.add(slot, row.begin, row.end);
-            if (!job.samples[row.index]) continue;
-            wanted_.push_back(plan_.tokens - 1);
-            sampling_.push_back(&row - rows_.data());
         }
+        int64_t begin = rows_.empty() ? 0 : rows_[0].begin;
+        for (size_t i = 0; i < rows_.size();) {
+            plan_.clear();
+            wanted_.clear();
+            sampling_.clear();
+            while (i < rows_.size() && plan_.tokens < MOST) {
+                const Row& row = rows_[i];
+                const int64_t end = std::min(row.end, begin + MOST - plan_.tokens);
+                plan_.add(job.slot[row.index], begin, end);
+                begin = end;
+                if (end < row.end) break;
+                if (job.samples[row.index]) {
+                    wanted_.push_back(plan_.tokens - 1);
+                    sampling_.push_back(i);
+                }
+                if (++i < rows_.size()) begin = rows_[i].begin;
+            }
+            if (!run_pass(job, step)) return false;
+        }
+        size_t kept = 0;
+        for (Row row : rows_) {
+            int8_t finished = job.finished[step * job.rows + row.index];
+            if (finished != UNFINISHED) continue;
+            rows_[kept++] = {row.index, row.end, row.end + 1};
+        }
+        rows_.resize(kept);
+        return true;
+    }
+
+    bool run_pass(Job& job, int64_t step) {
+        const Model& m = *job.model;
         forward_.prepare(m, plan_, wanted_);
         auto threads = [&] { return (int)job.threads.load(std::memory_order_relaxed); };
         // A long pass follows its share from layer to layer, a short one from step to step.
@@ -123,13 +149,6 @@ class Engine {
             job.failure.store(layer < m.layers ? NO_BLOCK : NO_TOKEN);
             return false;
         }
-        size_t kept = 0;
-        for (Row row : rows_) {
-            int8_t finished = job.finished[step * job.rows + row.index];
-            if (finished != UNFINISHED) continue;
-            rows_[kept++] = {row.index, row.end, row.end + 1};
-        }
-        rows_.resize(kept);
         return true;
     }
 
@@ -157,7 +176,7 @@ class Engine {
         job.finished[at] = stopped ? STOP : position + 1 >= job.limit[row.index] ? LENGTH : UNFINISHED;
     }
 
-    static constexpr int64_t LONG = 64;  // tokens
+    static constexpr int64_t LONG = 64, MOST = 512;  // tokens of a pass
 
     Team team_;
     Forward forward_;
