@@ -26,8 +26,9 @@ Prompts = list[list[int]]
 class Timing:
     """One request: all prompts handed over at once, `new` tokens generated of each, greedily, to full length.
 
-    Decode is counted from the moment at which the *last* prompt has its first token, so that no prefill is in
-    it: `decode_tokens` are all tokens that came after, in `decode_s` seconds.
+    Decode is counted while all prompts decode: from the moment at which the *last* one has its first token, so
+    that no prefill is in it, to that at which the *first* one is complete. `decode_tokens` are the tokens that
+    came in between, in `decode_s` seconds.
     """
 
     seconds: float
@@ -49,7 +50,8 @@ class Stopwatch:
         self._begun = self._first = self._last = time.perf_counter()
         self._tokens: list[list[int]] = [[] for _ in range(prompts)]
         self._waiting = prompts
-        self._decoded = 0
+        self._decoded: list[tuple[float, int, int]] = []
+        """Since all decode: when, how many tokens, of the prompt that then has most how many."""
 
     def arrived(self, tokens: list[tuple[int, list[int]]]) -> None:
         """Tokens that came together: (prompt, ids) each."""
@@ -59,19 +61,23 @@ class Stopwatch:
             if ids and not self._tokens[prompt]:
                 self._waiting -= 1
             self._tokens[prompt] += ids
-            self._decoded += decoding * len(ids)
-        if not decoding and not self._waiting:
+        if decoding:
+            longest = max((len(self._tokens[prompt]) for prompt, _ in tokens), default=0)
+            self._decoded.append((self._last, sum(len(ids) for _, ids in tokens), longest))
+        elif not self._waiting:
             self._first = self._last
 
     def timing(self, new: int) -> Timing:
         """Of all that came. Raises ValueError unless that is `new` tokens of each prompt."""
         if any(len(ids) != new for ids in self._tokens):
             raise ValueError(f"{[len(ids) for ids in self._tokens]} tokens instead of {new} each")
+        # Tokens that come with a prompt's last one were made while all decoded.
+        complete = next((when for when, _, longest in self._decoded if longest == new), self._first)
         return Timing(
             seconds=self._last - self._begun,
             first_s=self._first - self._begun,
-            decode_tokens=self._decoded,
-            decode_s=self._last - self._first,
+            decode_tokens=sum(count for when, count, _ in self._decoded if when <= complete),
+            decode_s=complete - self._first,
             tokens=self._tokens,
         )
 
