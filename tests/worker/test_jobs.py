@@ -163,7 +163,7 @@ async def test_too_many_waiting_jobs_fail_at_once(worker: Harness) -> None:
     async with worker.stream() as stream:
         number = await stream.open("llama", prompt, 400)
         await stream.prefill("llama", {number: (0, 5)})
-        jobs = [await stream.start_decode("llama", [number], 20) for _ in range(MAX_WAITING + 2)]
+        jobs = [await stream.start_decode("llama", [number], 350) for _ in range(MAX_WAITING + 2)]
         last = await stream.result(jobs[-1])
         assert last.outcome == "FAILED"
         assert "waiting" in last.done.error

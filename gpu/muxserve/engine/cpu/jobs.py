@@ -17,6 +17,11 @@ from muxserve.engine.messages import DecodeJob, PrefillJob, Sampling, Step, Toke
 Array = NDArray[Any]
 
 
+_LONGEST_HOLD, _HOLD_PER_ROW = 0.05, 0.0015
+"""Seconds that steps of many rows may wait for the next ones, so that telling of them costs less: half of
+what the worker's pacer would hold their tokens back anyway. A lone row's never wait."""
+
+
 class NativeJob:
     """Memory of one job, in and out; must live until the library has ended it.
 
@@ -57,6 +62,7 @@ class NativeJob:
             samples=self._samples.ctypes.data,
             sampling=self._sampling.ctypes.data,
             logprobs=max(logprobs, 0),
+            hold=min(_LONGEST_HOLD, _HOLD_PER_ROW * (len(rows) - 1)),
             tokens=self._tokens.ctypes.data,
             finished=self._finished.ctypes.data,
             logprob=self._logprob.ctypes.data,

@@ -98,6 +98,7 @@ class Job(ctypes.Structure):
         *((name, c_int64) for name in ("rows", "steps")),
         *((name, c_void_p) for name in ("slot", "begin", "end", "limit", "samples", "sampling")),
         ("logprobs", c_int64),
+        ("hold", c_double),
         *((name, c_void_p) for name in ("tokens", "finished", "logprob", "logprob_ids")),
         *((name, c_int64) for name in ("threads", "stop", "done", "ended", "failure", "failed_layer")),
         ("seconds", c_double),

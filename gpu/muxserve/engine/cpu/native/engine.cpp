@@ -68,16 +68,24 @@ class Engine {
 
     void work(Job& job) {
         auto begun = std::chrono::steady_clock::now();
+        auto told = begun;
         std::fill(forward_.parts, forward_.parts + PARTS, 0.0);
         rows_.clear();
         for (int64_t i = 0; i < job.rows; i++) rows_.push_back({i, job.begin[i], job.end[i]});
         std::fill(job.finished, job.finished + job.steps * job.rows, ABSENT);
         for (int64_t step = 0; step < job.steps && !rows_.empty(); step++) {
             if (job.stop.load(std::memory_order_relaxed)) break;
+            const size_t before = rows_.size();
             if (!run_step(job, step)) break;
             job.done.store(step + 1, std::memory_order_release);
             std::copy(forward_.parts, forward_.parts + PARTS, job.parts);
-            if (step + 1 < job.steps && !rows_.empty()) tell();
+            if (step + 1 == job.steps || rows_.empty()) break;
+            const auto now = std::chrono::steady_clock::now();
+            const bool finished = rows_.size() < before;
+            if (step == 0 || finished || std::chrono::duration<double>(now - told).count() >= job.hold) {
+                tell();
+                told = now;
+            }
         }
         job.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
     }
@@ -88,7 +96,8 @@ class Engine {
         const Model& m = *job.model;
         for (const Row& row : rows_) {
             const int64_t slot = job.slot[row.index];
-            if (slot < 0 || slot >= m.slots || row.begin < 0 || row.begin >= row.end || row.end > m.context) {
+            const int64_t last = row.end + job.samples[row.index];  // a token that is sampled needs a place too
+            if (slot < 0 || slot >= m.slots || row.begin < 0 || row.begin >= row.end || last > m.context) {
                 job.failure.store(OUT_OF_RANGE);
                 return false;
             }
@@ -161,7 +170,7 @@ class Engine {
         const int64_t at = step * job.rows + row.index, position = row.end;
         RowSampler sampler(how, m.vocab, forward_.sampler(rank));
         float* logits = forward_.logits(i);
-        int32_t token = position < m.context ? sampler.sample(logits, known, position) : -1;
+        const int32_t token = sampler.sample(logits, known, position);
         if (token < 0) {
             job.finished[at] = NOT_FINITE;
             return;

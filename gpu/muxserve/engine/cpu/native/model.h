@@ -79,6 +79,7 @@ struct Job {
     const uint8_t* samples;      // whether a row wants a token
     const Sampling* sampling;    // `[rows]`
     int64_t logprobs;            // most that a row asks for
+    double hold;                 // seconds that a step may wait to be told, unless a row finished; the first does not
     // Results, `[steps, rows]`; of logprobs `[steps, rows, 1 + logprobs]`, the chosen token's first.
     int32_t* tokens;
     int8_t* finished;

@@ -37,7 +37,7 @@ class RowSampler {
         auto [best, token] = most_likely(scores);
         if (!std::isfinite(best)) return -1;
         if (how_.temperature < GREEDY_BELOW) return token;
-        return draw(scores, best, uniform(position));
+        return draw(scores, best, token, uniform(position));
     }
 
     // The chosen token's log-probability and those of the `count` most likely, with their ids.
@@ -63,11 +63,15 @@ class RowSampler {
         auto& counts = scratch_.counts;
         counts.resize(vocab_, 0);  // all zero between calls
         constexpr int32_t SEEN = 1 << 30;
-        for (int64_t i = 0; i < position; i++) counts[known[i]] |= SEEN;
-        for (int64_t i = how_.prompt_length; i < position; i++) counts[known[i]]++;
+        // Tokens before the job's own were not looked at so far: one that is none is nobody's to penalise.
+        auto is_token = [&](int64_t i) { return known[i] >= 0 && known[i] < vocab_; };
+        for (int64_t i = 0; i < position; i++)
+            if (is_token(i)) counts[known[i]] |= SEEN;
+        for (int64_t i = how_.prompt_length; i < position; i++)
+            if (is_token(i)) counts[known[i]]++;
         for (int64_t i = 0; i < position; i++) {
+            if (!is_token(i) || !counts[known[i]]) continue;
             int32_t token = known[i], count = counts[token];
-            if (!count) continue;
             float score = scores[token];
             score = score > 0 ? score / how_.repetition : score * how_.repetition;
             count &= SEEN - 1;
@@ -117,7 +121,7 @@ class RowSampler {
         return select(w < splat(how_.min_p), splat(0.0f), w);
     }
 
-    int32_t draw(const float* scores, float best, double uniform) {
+    int32_t draw(const float* scores, float best, int32_t likeliest, double uniform) {
         if (how_.top_k > 0) {
             int64_t count = std::min<int64_t>(how_.top_k, vocab_);
             rank(scores, count);
@@ -142,7 +146,7 @@ class RowSampler {
         double goal = uniform * all;
         size_t part = 0;
         while (part + 1 < sums_.size() && goal >= sums_[part]) goal -= sums_[part++];
-        int32_t token = 0;
+        int32_t token = likeliest;  // unless rounding has led past the last weight of this part
         for (int64_t i = part * PART; i < std::min<int64_t>((part + 1) * PART, vocab_); i++) {
             if (weights[i] == 0) continue;
             token = (int32_t)i;

@@ -65,7 +65,8 @@ class Team {
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
             arrived_.store(0, std::memory_order_relaxed);
             next_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
+            // Not released only: a thread that goes to sleep must be seen by notify, or see this.
+            phase_.store(phase + 1);
             phase_.notify_all();
         } else {
             await(phase_, phase);
@@ -94,7 +95,7 @@ class Team {
     // One word says that there is a run and who takes part: a helper that is late for a run it has no part in
     // cannot take the next one for it.
     void start(int threads) {
-        run_.store((run_.load(std::memory_order_relaxed) / WIDTHS + 1) * WIDTHS + threads, std::memory_order_release);
+        run_.store((run_.load(std::memory_order_relaxed) / WIDTHS + 1) * WIDTHS + threads);
         run_.notify_all();
     }
 
