@@ -24,10 +24,11 @@ memory bandwidth and matrix products allow; memory of each process; time to star
 prompts of token ids go to another engine in the same run, by turns, on the same cores, with one thread and
 with all; with --services they go through gateway, scheduler and worker too.
 
-Decode tokens/s: tokens after the moment at which the last prompt of the batch has its first token, over the
-time from then on. Prefill tokens/s: prompt tokens over the time until then. Numbers are medians over rounds,
-of those measurements during which other programs used at most a tenth of a core, if there are any. Peers are
-stopped (SIGSTOP) while it is not their turn.
+Decode tokens/s: tokens while all prompts of the batch decode, from the moment at which the last one has its
+first token to that at which the first one is complete, over that time. Prefill tokens/s: prompt tokens over
+the time until the last prompt's first token. Numbers are medians over rounds, of those measurements during
+which other programs used at most a tenth of a core, if there are any. Peers are stopped (SIGSTOP) while it is
+not their turn.
 
 --quick leaves out: contexts of 1,024 and (but for one cell, which is about attention) 4,096 tokens, prompts
 of 128 and 2,048 tokens and lone prompts in prefill, repetitions of disturbed measurements, and whatever would

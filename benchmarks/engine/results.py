@@ -28,7 +28,7 @@ class Results:
     contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name: what each says about itself, its start and its memory."""
     families: dict[str, str] = field(default_factory=dict)
-    """Which peer a contender is a variant of."""
+    """Of each name in `done` that is not ours: the peer that it is a variant of."""
     done: list[Measurement] = field(default_factory=list)
     through: Through | None = None
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from benchmarks.engine.contender import Contender
+from benchmarks.engine.contender import Entrant
 from benchmarks.engine.machine import Others
 from benchmarks.engine.peers.wire import Timing
 from benchmarks.engine.plan import Cell, Plan
@@ -55,7 +55,7 @@ class Measurement:
         return self.others_cores <= CALM
 
 
-def measure(contender: Contender, cell: Cell, prompts: list[list[int]]) -> tuple[Timing, float]:
+def measure(contender: Entrant, cell: Cell, prompts: list[list[int]]) -> tuple[Timing, float]:
     """One request, and the cores that others used meanwhile. Raises ContenderFailed."""
     others = Others(contender.pids)
     timing = contender.generate(prompts, cell.new, **({"filled": True} if cell.filled else {}))
@@ -70,7 +70,7 @@ class Rounds:
 
     def __init__(
         self,
-        contenders: Sequence[Contender],
+        contenders: Sequence[Entrant],
         families: dict[str, str],
         vocabulary: int,
         retries: int,
@@ -124,7 +124,7 @@ class Rounds:
         found = (chosen(self.done, c.name, cell) for cell, c in pairs if self._takes_part(c, cell, number))
         return sum(statistics.median(one.seconds for one in each) for each in found if each)
 
-    def _takes_part(self, contender: Contender, cell: Cell, number: int) -> bool:
+    def _takes_part(self, contender: Entrant, cell: Cell, number: int) -> bool:
         family = self._families.get(contender.name)
         if family is None:
             return True

@@ -10,6 +10,8 @@ default.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.util
 import itertools
 import os
 import sys
@@ -22,7 +24,9 @@ from benchmarks.engine.peers.wire import Generate, Prompts, Stopwatch, Timing, s
 def environment(cores: list[int], cache_bytes: int) -> dict[str, str]:
     """What vLLM reads from its environment: it computes on `cores` and keeps KV in `cache_bytes`."""
     threads = ",".join(map(str, cores))
+    library = _openmp()
     found = {
+        "LD_PRELOAD": str(library),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(len(cores)),
         "VLLM_CPU_OMP_THREADS_BIND": threads,
@@ -33,13 +37,19 @@ def environment(cores: list[int], cache_bytes: int) -> dict[str, str]:
         # vLLM 0.32 cannot load what it has compiled ahead of time and would compile for a minute every time.
         "VLLM_USE_AOT_COMPILE": "0",
     }
-    library = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if library.exists():
-        found["LD_PRELOAD"] = str(library)
+    if library.name.startswith("libiomp"):
         # As vLLM sets them where it starts a process of its own to compute in.
         found["KMP_AFFINITY"] = f"granularity=fine,explicit,proclist=[{threads}]"
         found |= {"KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
     return found
+
+
+def _openmp() -> Path:
+    """Intel's, or else torch's own, which vLLM preloads where it starts a process of its own to compute in."""
+    intel = Path(sys.prefix) / "lib" / "libiomp5.so"
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    return intel if intel.exists() else next((Path(torch.origin).parent / "lib").glob("libgomp*.so*"))
 
 
 def start(options: argparse.Namespace) -> tuple[Generate, dict[str, Any]]:
@@ -61,7 +71,11 @@ def start(options: argparse.Namespace) -> tuple[Generate, dict[str, Any]]:
     engine = llm.llm_engine
     numbers = itertools.count()
 
-    def generate(prompts: Prompts, new: int) -> Timing:
+    # vLLM keeps others from setting torch's number of threads; OpenMP's is what counts.
+    openmp = ctypes.CDLL(os.environ["LD_PRELOAD"])
+
+    def generate(prompts: Prompts, new: int, threads: int) -> Timing:
+        openmp.omp_set_num_threads(threads)
         sampling = vllm.SamplingParams(
             temperature=0,
             max_tokens=new,
@@ -81,7 +95,7 @@ def start(options: argparse.Namespace) -> tuple[Generate, dict[str, Any]]:
         return clock.timing(new)
 
     versions = {"vllm": vllm.__version__, "torch": torch.__version__}
-    return generate, {**versions, "threads": len(options.cores), "preload": os.environ.get("LD_PRELOAD", "")}
+    return generate, {**versions, "openmp": Path(os.environ["LD_PRELOAD"]).name}
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 A contender is a process that keeps a model in memory. Its first line says that it is ready:
 `{"start_s": …, …}`, with whatever it has to say about itself. Then each request
-`{"prompts": [[id, …], …], "new": n}`, with `"filled": true` for ours where KV need not be the prompts' own,
-is answered by a `Timing` as JSON, or by `{"error": "…"}`. End of input
+`{"prompts": [[id, …], …], "new": n}`, with `"filled": true` for ours where KV need not be the prompts' own
+and `"threads": n` for peers, is answered by a `Timing` as JSON, or by `{"error": "…"}`. End of input
 ends it. Python's standard library alone, since peers run in interpreters of their own.
 """
 
@@ -26,9 +26,9 @@ Prompts = list[list[int]]
 class Timing:
     """One request: all prompts handed over at once, `new` tokens generated of each, greedily, to full length.
 
-    Decode is counted while all prompts decode: from the moment at which the *last* one has its first token, so
-    that no prefill is in it, to that at which the *first* one is complete. `decode_tokens` are the tokens that
-    came in between, in `decode_s` seconds.
+    Decode is counted while all prompts decode: from the moment at which the *last* one has its first token,
+    so that no prefill is in it, to that at which the *first* one is complete. `decode_tokens` are the tokens
+    that came in between, in `decode_s` seconds.
     """
 
     seconds: float
