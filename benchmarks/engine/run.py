@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks.engine import lineup, machine, services
-from benchmarks.engine.contender import ROOT, Contender, WithThreads
+from benchmarks.engine.contender import ROOT, Contender, Entrant, WithThreads
 from benchmarks.engine.plan import full, quick
 from benchmarks.engine.results import Results
 from benchmarks.engine.rounds import Rounds
@@ -117,7 +117,7 @@ class Run:
         plan, results = self._plan, self._results
         variants = [WithThreads(peer, threads) for peer in peers for threads in self._threads]
         results.families = {variant.name: variant.contender.name for variant in variants}
-        entrants = (ours, *variants)
+        entrants: tuple[Entrant, ...] = (ours, *variants)
         rounds = Rounds(entrants, results.families, results.model["vocabulary"], plan.retries, self._advance)
         total = plan.rounds * len(plan.cells) * len(entrants)
         self._progress.update(self._task, total=total, completed=0, description="warming up")

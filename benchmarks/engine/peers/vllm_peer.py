@@ -41,11 +41,13 @@ def environment(cores: list[int], cache_bytes: int) -> dict[str, str]:
         # As vLLM sets them where it starts a process of its own to compute in.
         found["KMP_AFFINITY"] = f"granularity=fine,explicit,proclist=[{threads}]"
         found |= {"KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+    else:
+        found["GOMP_CPU_AFFINITY"] = threads
     return found
 
 
 def _openmp() -> Path:
-    """Intel's, or else torch's own, which vLLM preloads where it starts a process of its own to compute in."""
+    """Intel's, or else torch's own, which vLLM preloads where it starts a process to compute in."""
     intel = Path(sys.prefix) / "lib" / "libiomp5.so"
     torch = importlib.util.find_spec("torch")
     assert torch is not None and torch.origin is not None
