@@ -32,7 +32,7 @@ not their turn.
 
 --quick leaves out: contexts of 1,024 and (but for one cell, which is about attention) 4,096 tokens, prompts
 of 128 and 2,048 tokens and lone prompts in prefill, repetitions of disturbed measurements, and whatever would
-end later than 225 seconds after the start. It generates 32 tokens instead of 64 from 32 prompts or more.
+end later than 275 seconds after the start. It generates 32 tokens instead of 64 from 32 prompts or more.
 
 The last line of standard output is one JSON object of ratios: ours over theirs, 1 is equal, more is better
 for us.

@@ -9,9 +9,8 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import psutil
 
@@ -20,20 +19,6 @@ from benchmarks.engine.peers.wire import Timing
 
 ROOT = Path(__file__).parents[2]
 """Of the repository: where `benchmarks` can be imported from."""
-
-
-class Entrant(Protocol):
-    """What takes its turn: a contender, or one of several ways to ask it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def pids(self) -> list[int]:
-        """Processes whose trees work for it."""
-
-    def generate(self, prompts: list[list[int]], new: int, **more: Any) -> Timing:
-        """One request of `peers.wire`. Raises ContenderFailed."""
 
 
 class ContenderFailed(Exception):
@@ -85,6 +70,7 @@ class Contender:
 
     @property
     def pids(self) -> list[int]:
+        """Processes whose trees work for it."""
         return [self._process.pid, *self._also]
 
     def wait_ready(self) -> None:
@@ -95,6 +81,7 @@ class Contender:
         self.pause()
 
     def generate(self, prompts: list[list[int]], new: int, **more: Any) -> Timing:
+        """One request of `peers.wire`. Raises ContenderFailed."""
         assert self._process.stdin is not None
         self.resume()
         try:
@@ -161,22 +148,3 @@ class Contender:
     def _failed(self, reason: str) -> ContenderFailed:
         tail = self._log.read_text(errors="replace").splitlines()[-15:]
         return ContenderFailed("\n".join((f"{self.name}: {reason}", *tail)))
-
-
-@dataclass(frozen=True, slots=True)
-class WithThreads:
-    """A contender that is told with each request how many threads to compute with."""
-
-    contender: Contender
-    threads: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.contender.name}-{self.threads}t"
-
-    @property
-    def pids(self) -> list[int]:
-        return self.contender.pids
-
-    def generate(self, prompts: list[list[int]], new: int, **more: Any) -> Timing:
-        return self.contender.generate(prompts, new, threads=self.threads, **more)

@@ -45,17 +45,24 @@ def ours(plan: Plan, model: Path, logs: Path, threads: int) -> Contender:
     return Contender(OURS, [*command, "--tokens", f"{tokens}"], logs / "muxserve.log")
 
 
-def peer(kind: str, python: str, plan: Plan, model: Path, logs: Path, kv_token_bytes: int) -> Contender:
-    """A peer, loading already; it is told with each request how many threads to use. `model`: a Hugging Face
-    directory."""
+def peer(
+    kind: str, python: str, threads: int, plan: Plan, model: Path, logs: Path, kv_token_bytes: int
+) -> Contender:
+    """A peer that computes with `threads` threads, loading already. `model`: a Hugging Face directory.
+
+    A process for each number of threads: one that is told to change it decodes in vLLM at half the speed.
+    """
+    name = f"{kind}-{threads}t"
     command = [python, "-m", f"benchmarks.engine.peers.{kind}_peer", "--model", f"{model}"]
     if kind == "vllm":
         # vLLM gives KV in blocks, and refuses a cache that does not hold one longest sequence.
         room = (max(plan.peer_tokens, plan.peer_context) + 64 * plan.slots) * kv_token_bytes
         command += ["--context", f"{plan.peer_context}", "--cache-bytes", f"{room}"]
-        command += ["--cores", *map(str, cores())]
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": f"{len(cores())}"}
-    return Contender(kind, command, logs / f"{kind}.log", environment)
+        command += ["--cores", *map(str, cores()[:threads])]
+    else:
+        command += ["--threads", f"{threads}"]
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": f"{threads}", "TOKENIZERS_PARALLELISM": "false"}
+    return Contender(name, command, logs / f"{name}.log", environment)
 
 
 def check_peers(peers: Iterable[str], python: str) -> None:

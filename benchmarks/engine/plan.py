@@ -116,7 +116,7 @@ def quick() -> Plan:
     decode = (Cell("decode", batch, 128, 64 if batch < 32 else 32) for batch in (1, 8, 32, 64))
     cells = (*decode, Cell("prefill", 8, 512, 1), ATTENTION_BASE, ATTENTION)
     return Plan(
-        cells, rounds=3, seconds=225.0, services_seconds=65.0, retries=0, stream_tokens=192, stream_rounds=2
+        cells, rounds=3, seconds=275.0, services_seconds=65.0, retries=0, stream_tokens=192, stream_rounds=2
     )
 
 

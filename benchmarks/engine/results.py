@@ -28,7 +28,7 @@ class Results:
     contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name: what each says about itself, its start and its memory."""
     families: dict[str, str] = field(default_factory=dict)
-    """Of each name in `done` that is not ours: the peer that it is a variant of."""
+    """Which peer a contender is a variant of."""
     done: list[Measurement] = field(default_factory=list)
     through: Through | None = None
 
@@ -109,7 +109,7 @@ class Results:
             over = {
                 cell: _round(rate(self.done, OURS, cell) / best(self.done, self.variants(peer), cell))
                 for cell in self.cells
-                if cell.peers
+                if cell.peers and best(self.done, self.variants(peer), cell)
             }
             found[f"decode_vs_{peer}"] = {
                 str(cell.batch): ratio

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from benchmarks.engine.contender import Entrant
+from benchmarks.engine.contender import Contender
 from benchmarks.engine.machine import Others
 from benchmarks.engine.peers.wire import Timing
 from benchmarks.engine.plan import Cell, Plan
@@ -20,6 +20,9 @@ CALM = 0.1
 HOPELESS = 1.3
 """A peer's variant that loses a cell to another one of the same peer by this factor in the first round sits
 the others out: only the better one's speed is of interest."""
+
+WAKING = 32
+"""Tokens of the prompt that is not measured before each one that is."""
 
 WARM_UP = Cell("decode", 8, 64, 4)
 
@@ -55,8 +58,10 @@ class Measurement:
         return self.others_cores <= CALM
 
 
-def measure(contender: Entrant, cell: Cell, prompts: list[list[int]]) -> tuple[Timing, float]:
+def measure(contender: Contender, cell: Cell, prompts: list[list[int]]) -> tuple[Timing, float]:
     """One request, and the cores that others used meanwhile. Raises ContenderFailed."""
+    # Wakes it after a pause. Other tokens than those that are measured: nobody is to remember them.
+    contender.generate([prompts[0][: -WAKING - 1 : -1]], 2)
     others = Others(contender.pids)
     timing = contender.generate(prompts, cell.new, **({"filled": True} if cell.filled else {}))
     return timing, others.cores()
@@ -70,7 +75,7 @@ class Rounds:
 
     def __init__(
         self,
-        contenders: Sequence[Entrant],
+        contenders: Sequence[Contender],
         families: dict[str, str],
         vocabulary: int,
         retries: int,
@@ -124,7 +129,7 @@ class Rounds:
         found = (chosen(self.done, c.name, cell) for cell, c in pairs if self._takes_part(c, cell, number))
         return sum(statistics.median(one.seconds for one in each) for each in found if each)
 
-    def _takes_part(self, contender: Entrant, cell: Cell, number: int) -> bool:
+    def _takes_part(self, contender: Contender, cell: Cell, number: int) -> bool:
         family = self._families.get(contender.name)
         if family is None:
             return True

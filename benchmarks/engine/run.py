@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks.engine import lineup, machine, services
-from benchmarks.engine.contender import ROOT, Contender, Entrant, WithThreads
+from benchmarks.engine.contender import ROOT, Contender
 from benchmarks.engine.plan import full, quick
 from benchmarks.engine.results import Results
 from benchmarks.engine.rounds import Rounds
@@ -87,7 +87,7 @@ class Run:
             peers = self._peers(directory, ours, stack)
             for peer in peers:
                 self._start(peer)
-            self._measure(ours, peers)
+            self._measure([ours, *peers])
             for peer in peers:
                 peer.close()
             # Again: something else may have been running the first time.
@@ -104,8 +104,12 @@ class Run:
         options, size = self._options, ours.ready["model"]["kv_bytes_per_token"]
         for kind in options.peers:
             assert directory is not None
-            peer = lineup.peer(kind, options.peer_python, self._plan, directory, options.logs, size)
-            made.append(stack.enter_context(peer))
+            for threads in self._threads:
+                peer = lineup.peer(
+                    kind, options.peer_python, threads, self._plan, directory, options.logs, size
+                )
+                made.append(stack.enter_context(peer))
+                self._results.families[peer.name] = kind
         return made
 
     def _start(self, contender: Contender) -> None:
@@ -113,19 +117,18 @@ class Run:
         contender.wait_ready()
         self._results.contenders[contender.name] = {**contender.ready, "ready_s": contender.ready_s}
 
-    def _measure(self, ours: Contender, peers: list[Contender]) -> None:
+    def _measure(self, contenders: list[Contender]) -> None:
         plan, results = self._plan, self._results
-        variants = [WithThreads(peer, threads) for peer in peers for threads in self._threads]
-        results.families = {variant.name: variant.contender.name for variant in variants}
-        entrants: tuple[Entrant, ...] = (ours, *variants)
-        rounds = Rounds(entrants, results.families, results.model["vocabulary"], plan.retries, self._advance)
-        total = plan.rounds * len(plan.cells) * len(entrants)
+        rounds = Rounds(
+            contenders, results.families, results.model["vocabulary"], plan.retries, self._advance
+        )
+        total = plan.rounds * len(plan.cells) * len(contenders)
         self._progress.update(self._task, total=total, completed=0, description="warming up")
         results.done = rounds.done
         rounds.warm_up()
         kept = plan.services_seconds if self._options.services else 0.0
         rounds.run(plan, self._begun + plan.seconds - kept)
-        for contender in (ours, *peers):
+        for contender in contenders:
             results.contenders[contender.name]["memory"] = contender.memory()
 
     def _through(self, ours: Contender) -> None:

@@ -24,11 +24,11 @@ class _Watch(transformers.StoppingCriteria):
 
 def start(options: argparse.Namespace) -> tuple[Generate, dict[str, Any]]:
     """Loads the model."""
+    torch.set_num_threads(options.threads)
     # Of a type that is known when the checkpoint is read.
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
 
-    def generate(prompts: Prompts, new: int, threads: int) -> Timing:
-        torch.set_num_threads(threads)
+    def generate(prompts: Prompts, new: int) -> Timing:
         clock = Stopwatch(len(prompts))
         ids = torch.tensor(prompts)
         with torch.inference_mode():
@@ -43,13 +43,14 @@ def start(options: argparse.Namespace) -> tuple[Generate, dict[str, Any]]:
         return clock.timing(new)
 
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    return generate, versions
+    return generate, {**versions, "threads": torch.get_num_threads()}
 
 
 def main() -> None:
     """Entry point of the process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
+    parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
     serve(lambda: start(options))
 

@@ -10,7 +10,6 @@ default.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import itertools
 import os
@@ -73,11 +72,7 @@ def start(options: argparse.Namespace) -> tuple[Generate, dict[str, Any]]:
     engine = llm.llm_engine
     numbers = itertools.count()
 
-    # vLLM keeps others from setting torch's number of threads; OpenMP's is what counts.
-    openmp = ctypes.CDLL(os.environ["LD_PRELOAD"])
-
-    def generate(prompts: Prompts, new: int, threads: int) -> Timing:
-        openmp.omp_set_num_threads(threads)
+    def generate(prompts: Prompts, new: int) -> Timing:
         sampling = vllm.SamplingParams(
             temperature=0,
             max_tokens=new,
@@ -97,7 +92,8 @@ def start(options: argparse.Namespace) -> tuple[Generate, dict[str, Any]]:
         return clock.timing(new)
 
     versions = {"vllm": vllm.__version__, "torch": torch.__version__}
-    return generate, {**versions, "openmp": Path(os.environ["LD_PRELOAD"]).name}
+    openmp = Path(os.environ["LD_PRELOAD"]).name
+    return generate, {**versions, "threads": len(options.cores), "openmp": openmp}
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 A contender is a process that keeps a model in memory. Its first line says that it is ready:
 `{"start_s": …, …}`, with whatever it has to say about itself. Then each request
-`{"prompts": [[id, …], …], "new": n}`, with `"filled": true` for ours where KV need not be the prompts' own
-and `"threads": n` for peers, is answered by a `Timing` as JSON, or by `{"error": "…"}`. End of input
-ends it. Python's standard library alone, since peers run in interpreters of their own.
+`{"prompts": [[id, …], …], "new": n}`, with `"filled": true` for ours where KV need not be the prompts' own,
+is answered by a `Timing` as JSON, or by `{"error": "…"}`. End of input ends it. Python's standard library
+alone, since peers run in interpreters of their own.
 """
 
 from __future__ import annotations
