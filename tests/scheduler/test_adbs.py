@@ -93,18 +93,15 @@ def test_chunks_shrink_to_what_the_device_does_in_time() -> None:
     assert second.chunks[0].end - second.chunks[0].start == 50, "100 tokens/s for half a second"
 
 
-def test_a_lone_job_gets_the_whole_device_and_neighbours_share_it() -> None:
+def test_jobs_say_their_shares_and_a_prefill_ends_no_lease() -> None:
     world = World(adbs(prefill_share=0.4, decode_share=0.6), 1000, {"a": Shape(4, 1, 8)})
     world.add("a", 10, 50)
-    assert prefills(world.decide())[0].share == 1.0
+    assert prefills(world.decide())[0].share == 0.4
     world.advance(job(world, PrefillJob))
-    assert decodes(world.decide())[0].share == 1.0
-    world.add("a", 10, 50)
-    decisions = world.decide()
-    assert prefills(decisions)[0].share == 0.4
-    assert any(isinstance(d, EndLease) for d in decisions), "the decode job has all of the device"
-    world.advance(job(world, DecodeJob))
     assert decodes(world.decide())[0].share == 0.6
+    world.add("a", 10, 50)
+    (prefill,) = world.decide()
+    assert isinstance(prefill, PrefillJob)
 
 
 def test_decode_takes_turns_and_leases_get_shorter_with_company() -> None:
@@ -126,6 +123,8 @@ def test_a_sequence_that_finished_its_prefill_joins_the_batch_at_once() -> None:
     running(world, "a", 10, 50)
     world.decide()
     running(world, "a", 10, 50, decoded=False)
+    assert world.decide() == [], "the lease may not have done a step yet"
+    world.advance(job(world, DecodeJob))
     assert world.decide() == [EndLease(1)]
     world.advance(job(world, DecodeJob))
     assert decodes(world.decide())[0].sequences == (1, 2)

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from muxserve.scheduler.policy import POLICIES, create
@@ -30,6 +30,16 @@ worlds = st.tuples(
     st.floats(1.0, 4.0),
     st.integers(0, 2**32),
 )
+
+REGROUPED = (
+    "adbs",
+    [Shape(2, 3, 2), Shape(2, 3, 2, 9.0)],
+    [(0, 2, 18, 18), (0, 27, 23, 0), (1, 39, 4, 0), (1, 4, 9, 32), (0, 32, 6, 25), (0, 2, 18, 18)]
+    + [(0, 2, 18, 18), (0, 40, 3, 24), (0, 40, 3, 24), (0, 31, 4, 16), (1, 7, 2, 30)],
+    2.460418902460491,
+    24157,
+)
+"""Two leases that each ended the other one before it did a step."""
 
 
 def run(
@@ -62,6 +72,7 @@ def run(
 
 @settings(max_examples=400, deadline=None)
 @given(worlds)
+@example(REGROUPED)
 def test_every_request_finishes_and_blocks_never_exceed_the_pool(case: tuple[Any, ...]) -> None:
     world = run(*case)
     assert len(world.finished) == len(case[2])

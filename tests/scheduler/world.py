@@ -142,8 +142,9 @@ class World:
                 job.what.model,
                 job.what.share,
                 job.ending,
-                self.ends_soon(job),
-                job.left <= 1,
+                ends_soon=self.ends_soon(job),
+                last_step=job.left <= 1,
+                fresh=isinstance(job.what, DecodeJob) and job.steps == 0 and not self.follows(job),
             )
             for job in self.jobs.values()
         )
@@ -157,6 +158,15 @@ class World:
             o for o in self.jobs.values() if isinstance(o.what, DecodeJob) and o.what.model == job.what.model
         )
         return sum(1 for _ in same) == 1
+
+    def follows(self, job: Job) -> bool:
+        """Whether it is a decode job that waits for one of its model to end."""
+        return any(
+            other.number < job.number
+            and isinstance(other.what, DecodeJob)
+            and other.what.model == job.what.model
+            for other in self.jobs.values()
+        )
 
     def running(self, r: Request) -> Running:
         length, renew = r.tokens, False
@@ -259,13 +269,7 @@ class World:
             tokens = sum(chunk.end - chunk.start for chunk in job.what.chunks)
             self.policy.observe(JobEnded("prefill", job.what.model, tokens, tokens / 1000))
             return
-        before = any(
-            other.number < job.number
-            and isinstance(other.what, DecodeJob)
-            and other.what.model == job.what.model
-            for other in self.jobs.values()
-        )
-        if before and not job.ending:
+        if self.follows(job) and not job.ending:
             return
         if not job.ending:
             job.steps += 1

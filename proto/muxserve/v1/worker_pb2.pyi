@@ -677,7 +677,7 @@ class PrefillJob(_message.Message):
     model: _builtins.str
     """The model."""
     share: _builtins.float
-    """Compute share, in (0, 1]."""
+    """Compute share beside decode jobs, in (0, 1]; alone it has all of the device."""
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillJob.Chunk]:
         """One per sequence."""
@@ -717,7 +717,7 @@ class DecodeJob(_message.Message):
     steps: _builtins.int
     """Most steps, at least 1."""
     share: _builtins.float
-    """Compute share, in (0, 1]."""
+    """Compute share beside a prefill job, in (0, 1]; alone it has all of the device."""
     lead: _builtins.int
     """When this many steps are left, no token is held back, so that the scheduler hears in time to send the job that is to
     follow.

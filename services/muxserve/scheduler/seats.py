@@ -182,6 +182,12 @@ class Seats:
         due = job.kind == "decode" and not job.ending and job.steps_left <= LEAD
         return due and self.followed(job) is None
 
+    def fresh(self, job: Job) -> bool:
+        """Whether it is a decode job whose turn it is, and that no step was heard of."""
+        other = self.followed(job)
+        first = other is None or job.number < other.number
+        return job.kind == "decode" and job.steps_left == job.steps and first
+
     def followed(self, job: Job) -> Job | None:
         """Another job of its kind and model."""
         others = (each for each in self.jobs.values() if each is not job)

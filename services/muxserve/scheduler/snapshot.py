@@ -52,7 +52,14 @@ def take(
     )
     jobs = tuple(
         RunningJob(
-            job.number, job.kind, job.model, job.share, job.ending, job.number in soon, job.steps_left <= 1
+            job.number,
+            job.kind,
+            job.model,
+            job.share,
+            job.ending,
+            ends_soon=job.number in soon,
+            last_step=job.steps_left <= 1,
+            fresh=seats.fresh(job),
         )
         for job in seats.jobs.values()
     )

@@ -105,6 +105,9 @@ class RunningJob:
     one has ended."""
     last_step: bool = False
     """Whether it will end with the step that runs."""
+    fresh: bool = False
+    """Whether it is a decode job whose turn it is and that no step was heard of: ended now, it may have done
+    nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class PrefillJob:
-    """Start a prefill job with a compute share in (0, 1]."""
+    """Start a prefill job with a compute share in (0, 1] beside decode jobs; alone it has all of the
+    device."""
 
     model: str
     chunks: tuple[Chunk, ...]
@@ -139,7 +143,8 @@ class PrefillJob:
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """Start a decode job of up to `steps` steps with a compute share in (0, 1]."""
+    """Start a decode job of up to `steps` steps with a compute share in (0, 1] beside a prefill job; alone it
+    has all of the device."""
 
     model: str
     sequences: tuple[int, ...]

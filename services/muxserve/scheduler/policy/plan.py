@@ -120,12 +120,8 @@ class Plan:
         return tuple(chunks)
 
     def prefill(self, model: ModelSnapshot, chunks: tuple[Chunk, ...]) -> None:
-        """Start that job; beside decodes it gets its share only."""
-        beside = any(job.kind == "decode" for job in self.jobs) or any(
-            m.running for m in self.models.values()
-        )
-        share = self.options.prefill_share if beside else 1.0
-        self.decisions.append(PrefillJob(model.model, chunks, share))
+        """Start that job."""
+        self.decisions.append(PrefillJob(model.model, chunks, self.options.prefill_share))
         self.prefilling = True
         self._started.update(chunk.sequence for chunk in chunks)
 
@@ -183,18 +179,19 @@ class Plan:
         sequences = tuple(sequence for sequence in taken if sequence not in self._preempted)
         if not sequences:
             return False
-        share = self.options.decode_share if self.prefilling else 1.0
-        self.decisions.append(DecodeJob(model.model, sequences, steps, share))
+        self.decisions.append(DecodeJob(model.model, sequences, steps, self.options.decode_share))
         self._decoding.add(model.model)
         self._started.update(sequences)
         return True
 
     def end_leases(self, joins: Callable[[ModelSnapshot, Running], bool]) -> None:
-        """End leases that keep a prefill from its share, or a sequence for which `joins` from its batch."""
+        """End leases that keep a sequence for which `joins` from its batch. Each does a step at least:
+        models whose batches change all the time get on too."""
         for job in self.jobs:
-            if job.kind != "decode" or job.ending or job.last_step or job.model not in self.models:
+            if job.kind != "decode" or job.ending or job.last_step or job.fresh:
                 continue
-            crowds = self.prefilling and job.share > self.options.decode_share
+            if job.model not in self.models:
+                continue
             model = self.models[job.model]
             joiners = (
                 r
@@ -202,7 +199,7 @@ class Plan:
                 if not r.in_job
                 and (r.sequence in self._started or self.growth(model, r, 1) <= self.available)
             )
-            if crowds or any(joins(model, running) for running in joiners):
+            if any(joins(model, running) for running in joiners):
                 self.decisions.append(EndLease(job.job))
 
     # Giving way
