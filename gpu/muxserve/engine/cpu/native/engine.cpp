@@ -38,7 +38,7 @@ class Engine {
             }
             plan_.add(slot[i], begin[i], end[i]);
         }
-        forward_.prepare(m, plan_, wanted_);
+        forward_.prepare(m, plan_, wanted_, threads);
         team_.run(threads, [&](int rank) { forward_.attend_alone(layer, qkv, out, rank); });
         return forward_.failed_layer.load() < 0 ? NONE : NO_BLOCK;
     }
@@ -133,8 +133,8 @@ class Engine {
 
     bool run_pass(Job& job, int64_t step) {
         const Model& m = *job.model;
-        forward_.prepare(m, plan_, wanted_);
         auto threads = [&] { return (int)job.threads.load(std::memory_order_relaxed); };
+        forward_.prepare(m, plan_, wanted_, threads());
         // A long pass follows its share from layer to layer, a short one from step to step.
         const bool is_long = plan_.tokens > LONG;
         if (is_long) {

@@ -20,12 +20,17 @@ class Forward {
     double parts[PARTS] = {};
     std::atomic<int64_t> failed_layer{-1};
 
-    // Gets ready for the tokens of `plan`; `wanted`: those of them whose logits are asked for, in order.
-    void prepare(const Model& m, Plan& plan, const std::vector<int64_t>& wanted) {
+    // Gets ready for the tokens of `plan`, on so many threads; `wanted`: those of them whose logits are asked for,
+    // in order.
+    void prepare(const Model& m, Plan& plan, const std::vector<int64_t>& wanted, int threads) {
         model_ = &m;
         plan_ = &plan;
         wanted_ = &wanted;
-        plan.cut(m);
+        threads = team_.usable(threads);
+        const bool own = plan.tokens >= OWN_ROWS * threads;
+        blocks_ = own ? (plan.tokens / threads + MOST_ROWS - 1) / MOST_ROWS * threads : 1;
+        team_.room(blocks_);
+        plan.cut(m, blocks_);
         // Past its keys and values, the last layer matters to the wanted tokens alone.
         last_.clear();
         for (int64_t t : wanted) {
@@ -61,7 +66,7 @@ class Forward {
                     write_token<Type>(l, t);
                 }
             });
-            attend_all<Type>(*plan_, l, rank);
+            attend_all<Type>(*plan_, l, rank, 0, plan_->tasks.size(), false);
             for (int64_t i = rank; i < plan_->tokens * m.heads; i += team_.threads()) {
                 std::copy(out_ + i * out_row_, out_ + i * out_row_ + m.head_dim, out + i * m.head_dim);
             }
@@ -118,20 +123,73 @@ class Forward {
         else f(Float32{});
     }
 
+    // What a thread works on: rows of a pass, together with the others of its team, or `alone`.
+    struct Rows {
+        int64_t begin, end;
+        bool alone;
+    };
+
+    // `f(first, last)` for parts of `[begin, end)`.
+    template <class F>
+    void share(bool alone, int64_t begin, int64_t end, int64_t chunk, F f) {
+        if (alone) {
+            f(begin, end);
+        } else {
+            team_.share(end - begin, chunk, [&](int64_t first, int64_t last) { f(begin + first, begin + last); });
+        }
+    }
+
+    // A pass is cut into blocks of rows, each of them a thread's own through all layers, if there are enough rows:
+    // what one product leaves for the next is then in the cache of the core that reads it, which may be far from
+    // the others', and threads wait for each other but once a layer. Else all threads share all rows, and every
+    // weight is read once.
+    template <class F>
+    void by_blocks(int rank, F f) {
+        if (blocks_ == 1) return f(0, Rows{0, plan_->tokens, false});
+        team_.keep(rank, blocks_, [&](int64_t b) { f(b, Rows{plan_->row(b, blocks_), plan_->row(b + 1, blocks_), true}); });
+    }
+
     template <class Type>
     void begin(int rank) {
-        team_.share(plan_->tokens, 8, [&](int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; t++) begin_token<Type>(t);
+        by_blocks(rank, [&](int64_t, Rows rows) {
+            share(rows.alone, rows.begin, rows.end, 8, [&](int64_t begin, int64_t end) {
+                for (int64_t t = begin; t < end; t++) begin_token<Type>(t);
+            });
+            mark(rank, REST);
+            enter<Type>(0, rank, rows);
         });
         mark(rank, REST);
     }
 
     template <class Type>
     void layer(int64_t l, int rank) {
+        if (l + 1 == model_->layers) return last_layer<Type>(l, rank);
+        by_blocks(rank, [&](int64_t b, Rows rows) {
+            const auto& first = plan_->first_task;
+            attend_all<Type>(*plan_, l, rank, first[b], first[b + 1], rows.alone);
+            mark(rank, ATTENTION);
+            leave<Type>(l, rank, rows);
+            enter<Type>(l + 1, rank, rows);
+        });
+        mark(rank, REST);
+    }
+
+    template <class Type>
+    void last_layer(int64_t l, int rank) {
+        team_.share(1, 1, [&](int64_t, int64_t) { keep_wanted(); });
+        mark(rank, REST);
+        attend_all<Type>(last_, l, rank, 0, last_.tasks.size(), false);
+        mark(rank, ATTENTION);
+        leave<Type>(l, rank, {0, last_.tokens, false});
+    }
+
+    // A layer's first part, up to keys and values.
+    template <class Type>
+    void enter(int64_t l, int rank, Rows rows) {
         const Model& m = *model_;
         const Layer& layer = m.layer[l];
-        const int64_t q = m.heads * m.head_dim, qkv = q + 2 * m.kv_heads * m.head_dim;
-        multiply<Type>(input_, input_row_, plan_->tokens, m.hidden, layer.qkv, qkv_row_,
+        const int64_t qkv = (m.heads + 2 * m.kv_heads) * m.head_dim;
+        multiply<Type>(rows, input_, input_row_, m.hidden, layer.qkv, qkv_row_,
             [&](int64_t t, int64_t n) { return qkv_ + t * qkv_row_ + n; },
             [&](int64_t t, int64_t n, Floats* v) {
                 add_bias(layer.qkv_bias, n, qkv, v);
@@ -139,26 +197,28 @@ class Forward {
             }
         );
         mark(rank, MATRICES);
-        team_.share(plan_->tokens, 2, [&](int64_t begin, int64_t end) {
+        share(rows.alone, rows.begin, rows.end, 2, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; t++) write_token<Type>(l, t);
         });
-        const bool is_last = l + 1 == m.layers;
-        if (is_last) team_.share(1, 1, [&](int64_t, int64_t) { keep_wanted(); });
-        const Plan& plan = is_last ? last_ : *plan_;
         mark(rank, REST);
-        attend_all<Type>(plan, l, rank);
-        mark(rank, ATTENTION);
-        project<Type>(plan, input_, input_row_, q, layer.o, layer.o_bias);
+    }
+
+    // What comes after its attention.
+    template <class Type>
+    void leave(int64_t l, int rank, Rows rows) {
+        const Model& m = *model_;
+        const Layer& layer = m.layer[l];
+        project<Type>(rows, input_, input_row_, m.heads * m.head_dim, layer.o, layer.o_bias);
         mark(rank, MATRICES);
-        add_and_normalise<Type>(plan, layer.attention_out_norm, layer.mlp_norm);
+        add_and_normalise<Type>(rows, layer.attention_out_norm, layer.mlp_norm);
         mark(rank, REST);
-        multiply<Type>(input_, input_row_, plan.tokens, m.hidden, layer.gate_up, 2 * pad_half(m.inner),
+        multiply<Type>(rows, input_, input_row_, m.hidden, layer.gate_up, 2 * pad_half(m.inner),
             [&](int64_t t, int64_t n) { return inner_ + t * inner_row_ + n / 2 / Type::PER_WORD; },
             [&](int64_t t, int64_t n, Floats* v) { gate<Type>(layer, t, n / 2, v); }
         );
-        project<Type>(plan, inner_, inner_row_, m.inner, layer.down, layer.down_bias);
+        project<Type>(rows, inner_, inner_row_, m.inner, layer.down, layer.down_bias);
         mark(rank, MATRICES);
-        add_and_normalise<Type>(plan, layer.mlp_out_norm, is_last ? nullptr : m.layer[l + 1].input_norm);
+        add_and_normalise<Type>(rows, layer.mlp_out_norm, l + 1 == m.layers ? nullptr : m.layer[l + 1].input_norm);
         mark(rank, REST);
     }
 
@@ -174,11 +234,12 @@ class Forward {
         }
     }
 
+    // Tasks `[first, last)` of the plan.
     template <class Type>
-    void attend_all(const Plan& plan, int64_t l, int rank) {
+    void attend_all(const Plan& plan, int64_t l, int rank, int64_t first, int64_t last, bool alone) {
         // Several at a time, so that a thread knows what it will read next; few, so that all end together.
-        const int64_t chunk = std::clamp<int64_t>(plan.tasks.size() / (team_.threads() * 8), 1, 8);
-        team_.share(plan.tasks.size(), chunk, [&](int64_t begin, int64_t end) {
+        const int64_t chunk = std::clamp<int64_t>((last - first) / (team_.threads() * 8), 1, 8);
+        share(alone, first, last, chunk, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
                 const AttentionTask& task = plan.tasks[i];
                 const Upcoming next = i + 1 < end ? upcoming<Type>(plan, l, plan.tasks[i + 1]) : Upcoming{};
@@ -189,13 +250,14 @@ class Forward {
 
     static int64_t pad_half(int64_t inner) { return (inner + PANEL / 2 - 1) / (PANEL / 2) * (PANEL / 2); }
 
-    // rows of `a` (`row` words apart) times panels, `columns` of them all in all; see multiply_panel, but that
+    // These rows of `a` (`row` words apart) times panels, `columns` of them all in all; see multiply_panel, but that
     // `target` and `finish` are told the first column too.
     template <class Type, class Target, class Finish>
     void multiply(
-        const uint32_t* a, int64_t row, int64_t rows, int64_t depth, const uint32_t* panels, int64_t columns,
+        Rows which, const uint32_t* a, int64_t row, int64_t depth, const uint32_t* panels, int64_t columns,
         Target target, Finish finish
     ) {
+        const int64_t rows = which.end - which.begin;
         if (rows == 0) return;
         const int64_t words = (depth + Type::PER_WORD - 1) / Type::PER_WORD, count = columns / PANEL;
         // Rows that a thread takes at a time stay in its cache while panels pass by.
@@ -205,11 +267,11 @@ class Forward {
         const int64_t chunk = std::clamp<int64_t>(
             count * blocks / (team_.threads() * 8), 1, std::max<int64_t>(1, 6 / std::max<int64_t>(1, tiles))
         );
-        team_.share(count * blocks, chunk, [&](int64_t begin, int64_t end) {
+        share(which.alone, 0, count * blocks, chunk, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
                 int64_t b = i / count, p = i % count;
                 multiply_panel<Type>(
-                    {a, row}, rows * b / blocks, rows * (b + 1) / blocks, panels + p * words * PANEL, words,
+                    {a, row}, which.begin + rows * b / blocks, which.begin + rows * (b + 1) / blocks, panels + p * words * PANEL, words,
                     AHEAD, [&](int64_t m) { return target(m, p * PANEL); },
                     [&](int64_t m, Floats* v) { finish(m, p * PANEL, v); }
                 );
@@ -219,11 +281,11 @@ class Forward {
 
     // A product that is added to the residual stream, or, where a norm comes in between, put into `y_`.
     template <class Type>
-    void project(const Plan& plan, const uint32_t* a, int64_t row, int64_t depth, const uint32_t* panels, const float* bias) {
+    void project(Rows rows, const uint32_t* a, int64_t row, int64_t depth, const uint32_t* panels, const float* bias) {
         const Model& m = *model_;
         const bool apart = m.layer[0].mlp_out_norm != nullptr;
         const auto target = [&](int64_t t, int64_t n) { return (apart ? y_ : x_) + t * x_row_ + n; };
-        multiply<Type>(a, row, plan.tokens, depth, panels, x_row_, target, [&](int64_t t, int64_t n, Floats* v) {
+        multiply<Type>(rows, a, row, depth, panels, x_row_, target, [&](int64_t t, int64_t n, Floats* v) {
             add_bias(bias, n, m.hidden, v);
             float* to = target(t, n);
             for (int i = 0; i < PANEL_VECTORS; i++) {
@@ -326,10 +388,10 @@ class Forward {
 
     // Ends a branch of the layer (`after`: Gemma's norm of it) and prepares the next one's input.
     template <class Type>
-    void add_and_normalise(const Plan& plan, const float* after, const float* before) {
+    void add_and_normalise(Rows rows, const float* after, const float* before) {
         const Model& m = *model_;
         if (!after && !before) return;
-        team_.share(plan.tokens, 4, [&](int64_t begin, int64_t end) {
+        share(rows.alone, rows.begin, rows.end, 4, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; t++) {
                 float* x = x_ + t * x_row_;
                 if (after) {
@@ -497,7 +559,7 @@ class Forward {
             }
         });
         mark(rank, REST);
-        multiply<Type>(final_, input_row_, count, m.hidden, m.head, vocab_row_,
+        multiply<Type>({0, count, false}, final_, input_row_, m.hidden, m.head, vocab_row_,
             [&](int64_t i, int64_t n) { return logits(i) + n; },
             [&](int64_t i, int64_t n, Floats* v) {
                 for (int j = 0; j < PANEL_VECTORS; j++) {
@@ -511,11 +573,15 @@ class Forward {
     }
 
     static constexpr int64_t AHEAD = 2048;  // words: 8 KiB
+    static constexpr int64_t OWN_ROWS = 32;  // for each thread: with fewer, they share all
+    static constexpr int64_t MOST_ROWS = 128;  // of a block: what belongs to them stays in a thread's cache
+
 
     Team& team_;
     const Model* model_ = nullptr;
     Plan* plan_ = nullptr;
     Plan last_;
+    int64_t blocks_ = 1;  // of rows; see by_blocks
     const std::vector<int64_t>* wanted_ = nullptr;
     std::vector<std::atomic<int>> arrivals_;
     std::vector<AttentionScratch> attention_;

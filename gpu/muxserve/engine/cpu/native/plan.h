@@ -25,7 +25,8 @@ struct AttentionTask {
 class Plan {
   public:
     std::vector<Piece> pieces;
-    std::vector<AttentionTask> tasks;
+    std::vector<AttentionTask> tasks;  // by block
+    std::vector<int64_t> first_task;   // of each block, and their number
     int64_t tokens = 0;
     int64_t partials = 0;  // results of parts of contexts, each of one token's KV head
 
@@ -39,16 +40,42 @@ class Plan {
         tokens += end - begin;
     }
 
-    void cut(const Model& m) {
-        const int64_t group = m.heads / m.kv_heads, queries = std::max<int64_t>(1, QUERY_ROWS / group);
+    // Into `blocks` blocks of rows.
+    void cut(const Model& m, int64_t blocks = 1) {
         tasks.clear();
+        first_task.clear();
         partials = 0;
+        for (int64_t b = 0; b < blocks; b++) {
+            first_task.push_back(tasks.size());
+            cut_block(m, row(b, blocks), row(b + 1, blocks));
+        }
+        first_task.push_back(tasks.size());
+    }
+
+    // First row of block `b` of `blocks`.
+    int64_t row(int64_t b, int64_t blocks) const { return tokens * b / blocks; }
+
+    // Slot and position of the t-th token.
+    std::pair<int64_t, int64_t> place(int64_t t) const {
+        auto after = std::upper_bound(
+            pieces.begin(), pieces.end(), t, [](int64_t row, const Piece& p) { return row < p.row; }
+        );
+        const Piece& p = *--after;
+        return {p.slot, p.begin + t - p.row};
+    }
+
+  private:
+    // Rows `[begin, end)`.
+    void cut_block(const Model& m, int64_t begin, int64_t end) {
+        const int64_t group = m.heads / m.kv_heads, queries = std::max<int64_t>(1, QUERY_ROWS / group);
         for (int64_t i = 0; i < (int64_t)pieces.size(); i++) {
             const Piece& p = pieces[i];
+            const int64_t first = std::max(p.begin, p.begin + begin - p.row), last = std::min(p.end, p.begin + end - p.row);
+            if (first >= last) continue;
             for (int64_t head = 0; head < m.kv_heads; head++) {
                 if (p.end - p.begin > 1) {
-                    for (int64_t q = p.end; q > p.begin; q -= queries) {  // the longest first
-                        tasks.push_back({i, head, std::max(p.begin, q - queries), q, 0, 0, 0});
+                    for (int64_t q = last; q > first; q -= queries) {  // the longest first
+                        tasks.push_back({i, head, std::max(first, q - queries), q, 0, 0, 0});
                     }
                     continue;
                 }
@@ -60,14 +87,5 @@ class Plan {
                 if (parts > 1) partials += parts;
             }
         }
-    }
-
-    // Slot and position of the t-th token.
-    std::pair<int64_t, int64_t> place(int64_t t) const {
-        auto after = std::upper_bound(
-            pieces.begin(), pieces.end(), t, [](int64_t row, const Piece& p) { return row < p.row; }
-        );
-        const Piece& p = *--after;
-        return {p.slot, p.begin + t - p.row};
     }
 };

@@ -27,7 +27,7 @@ class Team {
     // Calls `f(rank)` on `threads` threads, this one among them as rank 0; returns when all have.
     template <class F>
     void run(int threads, F f) {
-        threads_ = std::clamp(threads, 1, most_);
+        threads_ = usable(threads);
         next_.store(0, std::memory_order_relaxed);
         if (threads_ == 1) {
             f(0);
@@ -41,6 +41,7 @@ class Team {
     }
 
     int threads() const { return threads_; }
+    int usable(int threads) const { return std::clamp(threads, 1, most_); }
 
     // All threads of the run: parts of `[0, count)`, `chunk` at a time, as `f(begin, end)`; returns when every
     // part is done.
@@ -56,6 +57,35 @@ class Team {
             f(begin, std::min(begin + chunk, count));
         }
         barrier();
+    }
+
+    // All threads of the run: `f(i)` for every i of `[0, count)`, each by the same thread as in any other call
+    // unless that one is held up: what it wrote before is then in its own cache. Returns when all are done.
+    // `room` must have made room for `count`.
+    template <class F>
+    void keep(int rank, int64_t count, F f) {
+        if (threads_ == 1) {
+            for (int64_t i = 0; i < count; i++) f(i);
+            return;
+        }
+        const uint32_t turn = phase_.load(std::memory_order_relaxed) + 1;
+        const auto take = [&](int64_t i) {
+            uint32_t old = taken_[i].load(std::memory_order_relaxed);
+            return old != turn && taken_[i].compare_exchange_strong(old, turn, std::memory_order_relaxed);
+        };
+        // To and fro: later parts of a prompt are more work.
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t owner = i / threads_ % 2 ? threads_ - 1 - i % threads_ : i % threads_;
+            if (owner == rank && take(i)) f(i);
+        }
+        for (int64_t i = count; i-- > 0;)
+            if (take(i)) f(i);
+        barrier();
+    }
+
+    // Between runs.
+    void room(int64_t count) {
+        if ((int64_t)taken_.size() < count) taken_ = std::vector<std::atomic<uint32_t>>(count);
     }
 
     // Returns when all threads of the run have called it.
@@ -115,6 +145,7 @@ class Team {
     void (*body_)(void*, int) = nullptr;
     void* context_ = nullptr;
     std::vector<std::thread> helpers_;
+    std::vector<std::atomic<uint32_t>> taken_;  // by part: the phase in which it was
     alignas(64) std::atomic<uint32_t> run_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
     alignas(64) std::atomic<int> arrived_{0};
