@@ -108,16 +108,21 @@ async def test_those_that_finish_go_at_once_with_all_their_tokens() -> None:
     assert decoder.tokens() == [{number: [6, 7] for number in many if number not in (3, 5)}]
 
 
-async def test_nothing_is_held_back_when_the_scheduler_has_to_hear_in_time() -> None:
+async def test_the_scheduler_hears_in_time_that_a_lease_nears_its_end_and_tokens_wait_on() -> None:
     decoder, many = Decoder(LONG), tuple(range(200))
     decoder.order(1, many, 8, lead=4)
     for _ in range(3):
         await decoder.step(1, many)
-    decoder.tokens()
+    assert decoder.tokens() == [{number: [5] for number in many}]
     await decoder.step(1, many)
-    assert len(decoder.tokens()) == 1
+    [told] = decoder.sent
+    assert isinstance(told, Progress)
+    assert (told.job, told.steps, told.runs) == (1, 4, {})
+    decoder.sent.clear()
     await decoder.step(1, many)
-    assert decoder.tokens() == []
+    assert decoder.sent == []
+    decoder.pacer.flush()
+    assert decoder.tokens() == [{number: [6, 7, 8, 9] for number in many}]
 
 
 async def test_logprobs_and_tokens_of_prompts_do_not_wait_and_order_is_kept() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from muxserve.engine.messages import UNFINISHED, TokenLogprobs
 from muxserve.worker.orders import DecodeOrder, Ended, Outcome, Tokens
 
-PER_SEQUENCE = 0.003
+PER_SEQUENCE = 0.007
 """Seconds that each sequence beyond the first adds to the time that a token may wait."""
 
 
@@ -96,9 +96,9 @@ class Pacer:
     time.
 
     So the tokens of a lone sequence never wait. Nor do the tokens of a prefill job, those that finish a
-    sequence, and log-probabilities. When `lead` steps of a job are left, and when it ends without another one
-    that follows it, nothing is held back. Order is kept for each sequence, and a job's end comes after all of
-    its tokens.
+    sequence, and log-probabilities; and when a job ends without another one that follows it, nothing is held
+    back. When `lead` steps of a job are left that is told at once, with its tokens or without. Order is kept
+    for each sequence, and a job's end comes after all of its tokens.
     """
 
     def __init__(self, longest: float, send: Callable[[Progress | Ended], None]) -> None:
@@ -112,6 +112,8 @@ class Pacer:
         self._last_step = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._deciding = False
+        self._lead: Progress | None = None
+        """That so many steps of a job have ended, where the scheduler has to hear of it."""
         self._at_once = False
         """Whether what is held must not be."""
 
@@ -135,7 +137,9 @@ class Pacer:
             progress = Progress(tokens.job)
             self._held.append(progress)
         progress.add(tokens, lease.steps)
-        self._at_once |= len(tokens.sequences) == 1 or lease.left == lease.order.lead
+        self._at_once |= len(tokens.sequences) == 1
+        if lease.left and lease.left == lease.order.lead:
+            self._lead = Progress(tokens.job, lease.steps)
         if any(tokens.step.finished):
             self._send(progress.take_finished())
         if not self._longest:
@@ -162,7 +166,7 @@ class Pacer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        held, self._held, self._at_once = self._held, [], False
+        held, self._held, self._at_once, self._lead = self._held, [], False, None
         for each in held:
             if isinstance(each, Ended) or each.runs:
                 self._send(each)
@@ -178,7 +182,11 @@ class Pacer:
             self._due = now + min(self._longest, PER_SEQUENCE * (sequences - 1))
         if self._at_once or now + gap > self._due:
             self.flush()
-        elif self._timer is None:
+            return
+        if self._lead is not None:
+            self._send(self._lead)
+            self._lead = None
+        if self._timer is None:
             self._timer = loop.call_at(self._due, self.flush)
 
 

@@ -44,7 +44,7 @@ class WorkerSettings(ServiceSettings):
     executor_timeout: float = Field(120.0, gt=0)
     """Seconds within which an executor must be ready; one that is not is killed and started again."""
 
-    longest_wait: float = Field(0.1, ge=0, le=10, allow_inf_nan=False)
+    longest_wait: float = Field(0.2, ge=0, le=10, allow_inf_nan=False)
     """Seconds that a token may wait, when many sequences decode together, to share a message with those of
     later steps; 0: none ever waits. `muxserve.worker.pacing` has the rule."""
 
