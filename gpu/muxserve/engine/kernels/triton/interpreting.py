@@ -1,11 +1,12 @@
 """Triton's interpreter, mended. Imported where TRITON_INTERPRET is set and nowhere else.
 
 Triton 3.6's interpreter works on numpy arrays and has three faults that matter here: numpy 2.4 refuses its
-one-element arrays as the bounds of a range; bfloat16, which numpy does not know and which it keeps as uint16, is
-multiplied as integers in `tl.dot`; and float32 is truncated to bfloat16, or, asked to round, loses a carry. GPUs
-do none of that, so kernels are not written around it.
+one-element arrays as the bounds of a range; bfloat16, which numpy does not know and which it keeps as
+uint16, is multiplied as integers in `tl.dot`; and float32 is truncated to bfloat16, or, asked to round, loses
+a carry. GPUs do none of that, so kernels are not written around it.
 """
 
+# mypy: allow-untyped-calls, disable-error-code="method-assign"
 from __future__ import annotations
 
 from typing import Any
@@ -46,7 +47,7 @@ def _cast_impl(self: Any, source: Any, to: Any) -> Any:
 
 
 def mend() -> None:
-    """Put this right for every kernel that this process interprets. Once is enough, and again does no harm."""
+    """Put this right for every kernel that this process interprets."""
     interpreter._patch_lang_tensor = _patch_lang_tensor
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter.InterpreterBuilder.cast_impl = _cast_impl

@@ -15,8 +15,8 @@ class TritonKernels:
     """Implements `AttentionKernels`. Never waits for the device."""
 
     def write(self, cache: KVCache, layer: int, batch: RaggedBatch, key: Tensor, value: Tensor) -> None:
-        """See `AttentionKernels.write`. Where Q, K and V are at hand as one tensor, `write_qkv` does this, the
-        norms and the rotation in one pass."""
+        """See `AttentionKernels.write`. Where Q, K and V are one tensor, `write_qkv` does this, norms and
+        rotation in one pass."""
         kv = torch.cat([key, value], dim=1)
         write_qkv(cache, layer, batch.token_slots, batch.positions, kv, 0, None)
 

@@ -1,7 +1,7 @@
 """Triton, where it is installed, and the few operations that every kernel here is made of.
 
-Importing this package needs no GPU and not even Triton: launching a kernel does. TRITON_INTERPRET=1, set before
-the first import, makes every kernel an interpreted one, on CPU tensors.
+Importing this package needs no GPU and not even Triton: launching a kernel does. TRITON_INTERPRET=1, set
+before the first import, makes every kernel an interpreted one, on CPU tensors.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -21,6 +21,8 @@ if TYPE_CHECKING or importlib.util.find_spec("triton"):
         mend()
 else:
     triton, tl = None, None
+
+__all__ = ["LOG2_E", "jit", "key_rows", "next_power_of_2", "precision", "tanh", "tl"]
 
 LOG2_E = 1.4426950408889634
 
@@ -55,8 +57,8 @@ def tanh(x):
 
 @jit
 def key_rows(table_row, keys, wanted, block_stride, TOKENS: tl.constexpr, DIM: tl.constexpr):
-    """Where the K of some keys of one sequence and KV head lie: (elements from the arena's start, int64; whether
-    there is a block). V is `TOKENS * DIM` further on.
+    """Where the K of some keys of one sequence and KV head lie: (elements from the arena's start, int64;
+    whether there is a block). V is `TOKENS * DIM` further on.
 
     table_row: int32 `[spans]`; keys: int32 positions; wanted: which of these to look up at all.
     """

@@ -1,4 +1,4 @@
-"""Prefill attention: the queries of several sequences, packed one after another, each over its own history."""
+"""Prefill attention: queries of several sequences, packed one after another, each over its own history."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _prefill(
     inside = (r // GROUP < count)[:, None] & (d < DIM)[None, :]
     q = tl.load(query + place, mask=inside, other=0.0).to(blocks.dtype.element_ty)
     at = tl.minimum(first + r // GROUP, last)  # rows that are not there see what the last one sees
-    table_row = table + tl.load(slots + s) * slot_stride + kv_head * head_stride
+    row = table + tl.load(slots + s) * slot_stride + kv_head * head_stride
 
     # Keys that every row sees, in whole tiles, lie between those that need a mask.
     whole_end = (first + 1) // KEYS * KEYS
@@ -148,15 +148,15 @@ def _prefill(
     acc = tl.zeros([ROWS, PADDED], tl.float32)
     if WINDOWED:
         best, total, acc = _attend(
-            q, at, best, total, acc, blocks, table_row, low, whole, last + 1, scale, cap, window, block_stride,
+            q, at, best, total, acc, blocks, row, block_stride, low, whole, last, scale, cap, window,
             True, WINDOWED, CAPPED, KEYS, DIM, PADDED, TOKENS, PRECISION,
         )  # fmt: skip
     best, total, acc = _attend(
-        q, at, best, total, acc, blocks, table_row, whole, whole_end, last + 1, scale, cap, window, block_stride,
+        q, at, best, total, acc, blocks, row, block_stride, whole, whole_end, last, scale, cap, window,
         False, WINDOWED, CAPPED, KEYS, DIM, PADDED, TOKENS, PRECISION,
     )  # fmt: skip
     best, total, acc = _attend(
-        q, at, best, total, acc, blocks, table_row, whole_end, last + 1, last + 1, scale, cap, window, block_stride,
+        q, at, best, total, acc, blocks, row, block_stride, whole_end, last + 1, last, scale, cap, window,
         True, WINDOWED, CAPPED, KEYS, DIM, PADDED, TOKENS, PRECISION,
     )  # fmt: skip
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
@@ -186,13 +186,13 @@ def _attend(
     acc,
     blocks,
     table_row,
+    block_stride,
     begin,
     end,
-    keys_end,
+    last,
     scale,
     cap,
     window,
-    block_stride,
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -202,7 +202,8 @@ def _attend(
     TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The running softmax of the rows, gone on with over keys `[begin, end)`. at: int32 `[ROWS]`, positions.
+    """The running softmax of the rows, gone on with over keys `[begin, end)`, none after `last`. at: int32
+    `[ROWS]`, positions.
 
     best: each row's largest score so far; total: the sum of its weights; acc: of its weighted values.
     """
@@ -210,7 +211,7 @@ def _attend(
     dtype: tl.constexpr = blocks.dtype.element_ty
     for start in tl.range(begin, end, KEYS):
         keys = start + tl.arange(0, KEYS)
-        rows, there = key_rows(table_row, keys, keys < keys_end, block_stride, TOKENS, DIM)
+        rows, there = key_rows(table_row, keys, keys <= last, block_stride, TOKENS, DIM)
         wanted = there[:, None] & (d < DIM)[None, :]
         place = blocks + rows[:, None] + d[None, :]
         k = tl.load(place, mask=wanted, other=0.0)

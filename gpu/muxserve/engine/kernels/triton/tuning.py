@@ -1,5 +1,4 @@
-"""How kernels are launched: a table, looked up when a model is loaded or a graph is captured, never tuned while
-serving.
+"""How kernels are launched: a table, looked up when a kernel is launched or captured; serving never tunes it.
 
 Keys are the device's class, the kernel, the head size, and the group (query heads per KV head; None = any).
 NOT MEASURED: until a benchmark on such a device says otherwise, these are first values from what the kernels
