@@ -26,6 +26,8 @@ class Cell:
     new: int
     peers: bool = True
     """Peers run it too; else ours alone."""
+    times: int = 1
+    """How often a round measures it."""
 
     @property
     def name(self) -> str:
@@ -104,8 +106,9 @@ class Plan:
         return max(cell.batch for cell in self.cells)
 
 
-ATTENTION = Cell("decode", 16, 4096, 16, peers=False)
-"""Where reading KV takes longest: what attention makes of the memory's bandwidth."""
+ATTENTION = Cell("decode", 16, 4096, 16, peers=False, times=3)
+"""Where reading KV takes longest: what attention makes of the memory's bandwidth. That is the fastest of many
+copies, so this has more than one chance too."""
 
 ATTENTION_BASE = Cell("decode", 16, 128, 16, peers=False)
 """The same step with next to no KV: what is left of ATTENTION's without it is attention."""

@@ -115,19 +115,28 @@ class Rounds:
                     self._advance("")
                     continue
                 self._advance(f"{contender.name}: {cell.name}")
-                for _ in range(1 + self._retries):
-                    timing, others = measure(contender, cell, prompts)
-                    tokens = [ids[0] for ids in timing.tokens]
-                    first = first or tokens
-                    self.done.append(_measurement(contender.name, cell, number, timing, others, first))
-                    if self.done[-1].calm:
-                        break
+                for _ in range(cell.times):
+                    self._try(contender, cell, number, prompts, first)
+
+    def _try(
+        self, contender: Contender, cell: Cell, number: int, prompts: list[list[int]], first: list[int]
+    ) -> None:
+        """Measure, again if others used the cores meanwhile. `first`: our first tokens; filled in if empty."""
+        for _ in range(1 + self._retries):
+            timing, others = measure(contender, cell, prompts)
+            first[:] = first or [ids[0] for ids in timing.tokens]
+            self.done.append(_measurement(contender.name, cell, number, timing, others, first))
+            if self.done[-1].calm:
+                return
 
     def _estimate(self, number: int, cells: Iterable[Cell]) -> float:
         """Seconds that a round will take, going by what was measured."""
         pairs = itertools.product(cells, self._contenders)
         found = (chosen(self.done, c.name, cell) for cell, c in pairs if self._takes_part(c, cell, number))
-        return sum(statistics.median(one.seconds for one in each) for each in found if each)
+        medians = (
+            statistics.median(one.seconds for one in each) * each[0].cell.times for each in found if each
+        )
+        return sum(medians)
 
     def _takes_part(self, contender: Contender, cell: Cell, number: int) -> bool:
         family = self._families.get(contender.name)
