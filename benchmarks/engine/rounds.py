@@ -121,7 +121,7 @@ class Rounds:
     def _try(
         self, contender: Contender, cell: Cell, number: int, prompts: list[list[int]], first: list[int]
     ) -> None:
-        """Measure, again if others used the cores meanwhile. `first`: our first tokens; filled in if empty."""
+        """Measure, again if others used the cores meanwhile. `first`: our first tokens, put in if empty."""
         for _ in range(1 + self._retries):
             timing, others = measure(contender, cell, prompts)
             first[:] = first or [ids[0] for ids in timing.tokens]
