@@ -47,7 +47,7 @@ def test_a_cpu_has_threads_and_a_gpu_says_what_is_there_but_not_used(tmp_path: P
 
 def test_the_worker_may_ask_without_torch() -> None:
     code = (
-        "import sys, muxserve.engine.shares, muxserve.engine.arena_cuda, muxserve.engine.tables; "
+        "import sys, muxserve.engine.shares, muxserve.engine.cuda.arena, muxserve.engine.tables; "
         "print([m for m in ('torch', 'cupy') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""`Arena`: the allocation of a device that holds KV blocks. Here in shared memory; `arena_cuda` on a GPU."""
+"""`Arena`: the allocation of a device that holds KV blocks. Here in shared memory; `cuda.arena` on a GPU."""
 
 from __future__ import annotations
 
