@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "memory.h"
 #include "plan.h"
+#include "rows.h"
 #include "sampler.h"
 #include "team.h"
 
@@ -214,7 +215,9 @@ class Forward {
         mark(rank, REST);
         multiply<Type>(rows, input_, input_row_, m.hidden, layer.gate_up, 2 * pad_half(m.inner),
             [&](int64_t t, int64_t n) { return inner_ + t * inner_row_ + n / 2 / Type::PER_WORD; },
-            [&](int64_t t, int64_t n, Floats* v) { gate<Type>(layer, t, n / 2, v); }
+            [&](int64_t t, int64_t n, Floats* v) {
+                gate<Type>(m, layer, n / 2, v, inner_ + t * inner_row_ + n / 2 / Type::PER_WORD);
+            }
         );
         project<Type>(rows, inner_, inner_row_, m.inner, layer.down, layer.down_bias);
         mark(rank, MATRICES);
@@ -294,96 +297,15 @@ class Forward {
         });
     }
 
-    INLINE static void add_bias(const float* bias, int64_t first, int64_t count, Floats* v) {
-        if (!bias) return;
-        for (int i = 0; i < PANEL; i++)
-            if (first + i < count) v[i / LANES][i % LANES] += bias[first + i];
-    }
-
-    // A panel of gate_up: half of it gates, half of it what they let through.
-    template <class Type>
-    INLINE void gate(const Layer& layer, int64_t t, int64_t first, Floats* v) {
-        constexpr int HALF = PANEL / 2, VECTORS = PANEL_VECTORS / 2;
-        const Model& m = *model_;
-        float result[HALF];
-        if (layer.gate_up_bias) {
-            for (int i = 0; i < HALF; i++) {
-                if (first + i >= m.inner) continue;
-                v[i / LANES][i % LANES] += layer.gate_up_bias[first + i];
-                v[VECTORS + i / LANES][i % LANES] += layer.gate_up_bias[m.inner + first + i];
-            }
-        }
-        for (int i = 0; i < VECTORS; i++) {
-            Floats g = v[i], up = v[VECTORS + i];
-            // gelu_tanh(x) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3); silu(x) = x / (1 + exp(-x)).
-            Floats u = m.gelu ? splat(1.5957691216f) * (g + splat(0.044715f) * g * g * g) : g;
-            // exp of what is not positive: for u < 0, 1 / (1 + exp(-u)) = exp(u) / (1 + exp(u)).
-            Ints negative = u < splat(0.0f);
-            Floats e = exp_negative(select(negative, u, -u));
-            Floats share = select(negative, e, splat(1.0f)) / (splat(1.0f) + e);
-            store(result + i * LANES, g * share * up);
-        }
-        Type::narrow(result, inner_ + t * inner_row_ + first / Type::PER_WORD, HALF / Type::PER_WORD);
-    }
-
     template <class Type>
     void begin_token(int64_t t) {
         const Model& m = *model_;
         auto [slot, position] = plan_->place(t);
         int64_t id = m.tokens[slot * m.context + position];
         if (id < 0 || id >= m.vocab) id = 0, failed_layer.store(m.layers, std::memory_order_relaxed);
-        embed<Type>(id, x_ + t * x_row_);
-        normalise<Type>(x_ + t * x_row_, m.layer[0].input_norm, input_ + t * input_row_);
-        float* angle = angles_ + t * angles_row_;
-        for (int64_t r = 0; r < m.ropes; r++) {
-            const Frequencies& f = m.frequencies[r];
-            for (int64_t i = 0; i < f.half; i++) {
-                float a = (float)position * f.inverse[i];
-                angle[i] = std::cos(a) * f.attention_factor;
-                angle[f.half + i] = std::sin(a) * f.attention_factor;
-            }
-            angle += 2 * f.half;
-        }
-    }
-
-    template <class Type>
-    void embed(int64_t id, float* x) {
-        const Model& m = *model_;
-        const int64_t words = (m.hidden + Type::PER_WORD - 1) / Type::PER_WORD;
-        const uint32_t* from = m.embed + id / PANEL * words * PANEL + id % PANEL;
-        for (int64_t d = 0; d < m.hidden; d++) {
-            x[d] = Type::element(from[d / Type::PER_WORD * PANEL], d % Type::PER_WORD) * m.embedding_scale;
-        }
-    }
-
-    static INLINE float inverse_norm(const float* x, int64_t count, float eps) {
-        Floats squares{};
-        int64_t i = 0;
-        for (; i + LANES <= count; i += LANES) {
-            Floats v = load<Floats>(x + i);
-            squares += v * v;
-        }
-        float total = sum(squares);
-        for (; i < count; i++) total += x[i] * x[i];
-        return 1.0f / std::sqrt(total / (float)count + eps);
-    }
-
-    template <class Type>
-    void normalise(const float* x, const float* weight, uint32_t* to) {
-        const Model& m = *model_;
-        const float scale = inverse_norm(x, m.hidden, m.rms_eps);
-        constexpr int STEP = 2 * LANES;
-        alignas(64) float part[STEP];
-        int64_t d = 0;
-        for (; d + STEP <= m.hidden; d += STEP) {
-            for (int i = 0; i < STEP; i += LANES) {
-                store(part + i, load<Floats>(x + d + i) * splat(scale) * load<Floats>(weight + d + i));
-            }
-            Type::narrow(part, to + d / Type::PER_WORD, STEP / Type::PER_WORD);
-        }
-        if (d == m.hidden) return;
-        for (int64_t i = 0; i < STEP; i++) part[i] = d + i < m.hidden ? x[d + i] * scale * weight[d + i] : 0.0f;
-        Type::narrow(part, to + d / Type::PER_WORD, STEP / Type::PER_WORD);
+        embed<Type>(m, id, x_ + t * x_row_);
+        normalise<Type>(m, x_ + t * x_row_, m.layer[0].input_norm, input_ + t * input_row_);
+        turn_to(m, position, angles_ + t * angles_row_);
     }
 
     // Ends a branch of the layer (`after`: Gemma's norm of it) and prepares the next one's input.
@@ -399,7 +321,7 @@ class Forward {
                     const float scale = inverse_norm(y, m.hidden, m.rms_eps);
                     for (int64_t d = 0; d < m.hidden; d++) x[d] += y[d] * scale * after[d];
                 }
-                if (before) normalise<Type>(x, before, input_ + t * input_row_);
+                if (before) normalise<Type>(m, x, before, input_ + t * input_row_);
             }
         });
     }
@@ -555,7 +477,7 @@ class Forward {
         if (!count) return;
         team_.share(count, 4, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
-                normalise<Type>(x_ + i * x_row_, m.final_norm, final_ + i * input_row_);
+                normalise<Type>(m, x_ + i * x_row_, m.final_norm, final_ + i * input_row_);
             }
         });
         mark(rank, REST);
