@@ -21,7 +21,7 @@ from muxserve.engine.cuda.memory import DeviceMemory
 from tests.engine.cuda.fake import FakeRuntime
 runtime = FakeRuntime(Path(sys.argv[1]))
 memory = DeviceMemory.attach(bytes.fromhex(sys.argv[2]), 1000, "arena", runtime=runtime)
-data = memory.tensor()
+data = runtime.bytes(memory.pointer, memory.size)
 assert data.shape == (1000,) and data[5] == 17
 data[-1] = 99
 del data

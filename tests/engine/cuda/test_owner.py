@@ -22,8 +22,9 @@ from muxserve.engine.cuda.memory import DeviceMemory
 from muxserve.engine.link import Link
 from muxserve.engine.messages import RemoveModel, Shutdown
 from tests.engine.cuda.fake import FakeRuntime
-memory = DeviceMemory.create(100, "arena", runtime=FakeRuntime(Path(sys.argv[1])))
-memory.tensor()[:] = 17
+runtime = FakeRuntime(Path(sys.argv[1]))
+memory = DeviceMemory.create(100, "arena", runtime=runtime)
+runtime.bytes(memory.pointer, 100)[:] = 17
 ours, theirs = Link.pair()
 pipe = int(sys.argv[3])
 arguments = [sys.argv[1], memory.handle.hex(), str(theirs.fileno()), str(pipe)]
@@ -44,13 +45,14 @@ from muxserve.engine.link import Link, LinkClosed
 from muxserve.engine.messages import Command
 from tests.engine.cuda.fake import FakeRuntime
 owner = Owner(os.getppid())
-memory = DeviceMemory.attach(bytes.fromhex(sys.argv[2]), 100, "arena", runtime=FakeRuntime(Path(sys.argv[1])))
+runtime = FakeRuntime(Path(sys.argv[1]))
+memory = DeviceMemory.attach(bytes.fromhex(sys.argv[2]), 100, "arena", runtime=runtime)
 link = Link(socket.socket(fileno=int(sys.argv[3])), Command)
 try:
     while True:
         job, _ = link.receive()
         owner.check()
-        read = int(memory.tensor()[0])
+        read = int(runtime.bytes(memory.pointer, 100)[0])
         os.write(int(sys.argv[4]), f"{job.model} {read}\\n".encode())
         if job.model == "first":
             os.read(int(sys.argv[4]), 1)  # the test says when the first job is done
