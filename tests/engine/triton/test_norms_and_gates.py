@@ -14,7 +14,7 @@ from muxserve.engine.models.norm import RMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ULP = {torch.float32: 2**-21, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-"""Bound on |error| / max(1, |size|): a rounding that falls the other way; in float32, another order of sums."""
+"""Bound on |error| / max(1, |size|): a rounding that falls the other way; in float32, another sum."""
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor | None = None) -> None:
