@@ -227,44 +227,92 @@ def test_green_contexts_that_do_not_work_leave_time_slices_unless_they_were_aske
     api.check()
 
 
+@pytest.fixture
+def real(cuda: CudaRuntime) -> Iterator[Partition]:
+    """Whatever this machine's GPU offers."""
+    driver = Driver.load(0)
+    partition, _ = open_partition(detect("cuda", probe(0)), driver)
+    yield partition
+    partition.close()
+    driver.close()
+
+
+WHERE = """
+extern "C" __global__ void where(int* out) {
+    unsigned sm;
+    asm("mov.u32 %0, %%smid;" : "=r"(sm));
+    long long start = clock64();
+    while (clock64() - start < 100000) {}
+    out[blockIdx.x] = sm;
+}
+"""
+
+
+class Where:
+    """Work that finds out from the hardware on which SMs it runs: blocks enough for all, some time each."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._kernel = cupy.RawKernel(WHERE, "where")
+        self._out = cupy.full(4096, -1, dtype=cupy.int32)
+        self._kernel((1,), (1024,), (self._out,))  # compiled and loaded before anything is captured
+        cupy.cuda.Device().synchronize()
+
+    def put(self) -> None:
+        """On CuPy's current stream."""
+        self._kernel((4096,), (1024,), (self._out,))
+
+    def seen(self) -> set[int]:
+        """Once that has ended."""
+        return set(self._out.get().tolist())
+
+
 @pytest.mark.gpu
-def test_on_a_gpu_each_lane_runs_on_its_own_sms_and_in_order(cuda: CudaRuntime) -> None:
-    """The SM that each of many blocks finds itself on is asked of the hardware."""
+def test_on_a_gpu_each_lane_runs_on_its_own_sms(real: Partition) -> None:
     import cupy
+
+    where = Where()
+    for share in (0.9, 0.5, 0.3):
+        used = []
+        lanes = real.lanes(share, 1 - share)
+        for lane in (lanes.prefill, lanes.decode):
+            with cupy.cuda.Stream.from_external(lane):
+                where.put()
+            lane.stream.synchronize()
+            used.append(where.seen())
+            assert len(used[-1]) <= lane.sms
+        if real.name == "green_contexts":
+            assert not used[0] & used[1]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_graph_stays_on_the_sms_of_its_capture(real: Partition) -> None:
+    import cupy
+
+    where, lane, alone = Where(), real.lanes(0.5, 0.5).decode, real.lanes(0, 1).decode
+    with cupy.cuda.Stream.from_external(lane) as stream:
+        stream.begin_capture()
+        where.put()
+        graph = stream.end_capture()
+    with cupy.cuda.Stream.from_external(alone) as stream:
+        graph.launch()
+        stream.synchronize()
+    assert len(where.seen()) <= lane.sms
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_order_holds_between_lanes(real: Partition) -> None:
     import torch
 
-    driver = Driver.load(0)
-    partition, reason = open_partition(detect("cuda", probe(0)), driver)
-    kernel = cupy.RawKernel(
-        'extern "C" __global__ void where(int* out) { unsigned sm; asm("mov.u32 %0, %%smid;" : "=r"(sm));'
-        " long long t = clock64(); while (clock64() - t < 100000) {} out[blockIdx.x] = sm; }",
-        "where",
-    )
-    try:
-        for share in (0.9, 0.5, 0.3):
-            lanes = partition.lanes(share, 1 - share)
-            used = []
-            for lane in (lanes.prefill, lanes.decode):
-                out = torch.full((4096,), -1, dtype=torch.int32, device="cuda")
-                torch.cuda.synchronize()
-                with cupy.cuda.ExternalStream(lane.handle):
-                    kernel((4096,), (1024,), (cupy.asarray(out),))
-                lane.stream.synchronize()
-                used.append(set(out.tolist()))
-                assert len(used[-1]) <= lane.sms
-            if partition.name == "green_contexts":
-                assert not used[0] & used[1], reason
-        # Captured as it will be: a graph stays on the lane of its capture, and order holds across lanes.
-        first, then = partition.lanes(0.5, 0.5).prefill, partition.lanes(0, 1).decode
-        data = torch.zeros(1 << 24, device="cuda")
-        torch.cuda.synchronize()
-        with torch.cuda.stream(first.stream):
+    first, then = real.lanes(0.5, 0.5).prefill, real.lanes(0, 1).decode
+    data = torch.zeros(1 << 26, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first.stream):
+        for _ in range(20):
             data += 1
-        partition.order(first, then)
-        with torch.cuda.stream(then.stream):
-            data *= 2
-        then.stream.synchronize()
-        assert data.min().item() == data.max().item() == 2
-    finally:
-        partition.close()
-        driver.close()
+    real.order(first, then)
+    with torch.cuda.stream(then.stream):
+        data *= 2
+    then.stream.synchronize()
+    assert data.min().item() == data.max().item() == 40

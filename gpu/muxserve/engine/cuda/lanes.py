@@ -35,6 +35,10 @@ class Lane:
 
         return ExternalStream(self.handle, device=self.device)  # type: ignore[no-untyped-call]
 
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Version and stream, by the protocol that CuPy and others take a foreign stream by."""
+        return 0, self.handle
+
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
