@@ -23,7 +23,6 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_LIMIT = 227 * 1024
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
