@@ -1,9 +1,9 @@
 """Triton's interpreter, mended. Imported where TRITON_INTERPRET is set and nowhere else.
 
-Triton 3.6's interpreter works on numpy arrays and has three faults that matter here: numpy 2.4 refuses its
-one-element arrays as the bounds of a range; bfloat16, which numpy does not know and which it keeps as
-uint16, is multiplied as integers in `tl.dot`; and float32 is truncated to bfloat16, or, asked to round, loses
-a carry. GPUs do none of that, so kernels are not written around it.
+The interpreter (of Triton 3.6 and 3.7) works on numpy arrays and has three faults that matter here: numpy
+2.4 refuses its one-element arrays as the bounds of a range; bfloat16, which numpy does not know and which
+it keeps as uint16, is multiplied as integers in `tl.dot`; and float32 is truncated to bfloat16, or, asked
+to round, loses a carry. GPUs do none of that, so kernels are not written around it.
 """
 
 # mypy: allow-untyped-calls, disable-error-code="method-assign"
