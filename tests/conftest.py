@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from redis.asyncio import Redis
 
 from muxserve.common.store import connect
 from tests.support.valkey import ValkeyProcess
+
+# GPU kernels run compiled where there is a GPU, and interpreted where there is none. Triton settles that when
+# it is first imported, and torch, which many tests import, does so.
+os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,18 +1,12 @@
-"""Kernels run compiled where there is a GPU, and interpreted where there is none: the same tests either way.
-
-How they run is settled when the kernels are first imported, so before any test module is.
-"""
+"""Kernels run compiled where there is a GPU, and interpreted where there is none, by the same tests."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-
-os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 
 @pytest.fixture
