@@ -66,7 +66,8 @@ def run(options: Options) -> dict[str, Any]:
             "wall": _ratio(first, last, "wall_per_token_s"),
             "cpu": _ratio(first, last, "cpu_per_token_s"),
         },
-        "resident_bytes": {"begin": begin.resident_bytes, "end": end.resident_bytes},
+        # From the end of the first hundred on: until then blocks and buffers are touched for the first time.
+        "resident_bytes": {"begin": loop.marks[1].resident_bytes, "end": end.resident_bytes},
         "descriptors": {"begin": begin.descriptors, "end": end.descriptors},
         "threads": {"begin": begin.threads, "end": end.threads},
         "ended": [asdict(one) for one in counted],
