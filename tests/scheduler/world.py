@@ -140,7 +140,6 @@ class World:
                 job.number,
                 "prefill" if isinstance(job.what, PrefillJob) else "decode",
                 job.what.model,
-                job.what.share,
                 job.ending,
                 ends_soon=self.ends_soon(job),
                 last_step=job.left <= 1,

@@ -28,7 +28,6 @@ class Job:
     number: int
     kind: Literal["prefill", "decode"]
     model: str
-    share: float
     members: dict[int, Sequence] = field(default_factory=dict)
     """By sequence number. One that is closed stays until the job that runs ends; one that finished while
     decoding has left."""
@@ -110,7 +109,7 @@ class Seats:
     def prefill(self, order: PrefillJob, requests: Iterable[Request]) -> None:
         """Send a prefill job, and open its sequences where they are not. `requests` match the order's
         chunks."""
-        job = self._new_job("prefill", order.model, order.share)
+        job = self._new_job("prefill", order.model)
         chunks = []
         for chunk, request in zip(order.chunks, requests, strict=True):
             sequence = request.sequence or self._open(request)
@@ -120,12 +119,12 @@ class Seats:
             chunks.append(
                 worker_pb2.PrefillJob.Chunk(sequence=sequence.number, start=chunk.start, end=chunk.end)
             )
-        message = worker_pb2.PrefillJob(job=job.number, model=job.model, chunks=chunks, share=job.share)
+        message = worker_pb2.PrefillJob(job=job.number, model=job.model, chunks=chunks, share=order.share)
         self.send(worker_pb2.JobsRequest(prefill=message))
 
     def decode(self, order: DecodeJob, requests: Iterable[Request]) -> None:
         """Send a decode job."""
-        job = self._new_job("decode", order.model, order.share)
+        job = self._new_job("decode", order.model)
         job.steps = job.steps_left = order.steps
         for request in requests:
             sequence = request.sequence
@@ -139,7 +138,7 @@ class Seats:
             model=job.model,
             sequences=job.members,
             steps=order.steps,
-            share=job.share,
+            share=order.share,
             lead=LEAD,
         )
         self.send(worker_pb2.JobsRequest(decode=message))
@@ -236,9 +235,9 @@ class Seats:
             del self.jobs[number].members[sequence.number]
         sequence.jobs.clear()
 
-    def _new_job(self, kind: Literal["prefill", "decode"], model: str, share: float) -> Job:
+    def _new_job(self, kind: Literal["prefill", "decode"], model: str) -> Job:
         self._last += 1
-        job = self.jobs[self._last] = Job(self._last, kind, model, share)
+        job = self.jobs[self._last] = Job(self._last, kind, model)
         return job
 
     def _join(self, job: Job, sequence: Sequence, tokens: int) -> None:

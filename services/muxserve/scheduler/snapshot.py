@@ -55,7 +55,6 @@ def take(
             job.number,
             job.kind,
             job.model,
-            job.share,
             job.ending,
             ends_soon=job.number in soon,
             last_step=job.steps_left <= 1,

@@ -97,7 +97,6 @@ class RunningJob:
     job: int
     kind: Literal["prefill", "decode"]
     model: str
-    share: float
     ending: bool = False
     """Whether its lease was ended already."""
     ends_soon: bool = False
