@@ -8,7 +8,7 @@ from torch import Tensor
 
 from muxserve.engine.kernels.interface import KVCache
 from muxserve.engine.kernels.triton.language import (
-    LOG2_E,
+    exponents,
     jit,
     key_rows,
     next_power_of_2,
@@ -68,8 +68,7 @@ def decode_attention(
         table,
         slots,
         lengths,
-        scale * LOG2_E if soft_cap is None else scale / soft_cap,
-        0.0 if soft_cap is None else soft_cap * LOG2_E,
+        *exponents(scale, soft_cap),
         window or 0,
         cache.blocks.stride(0),
         table.stride(0),

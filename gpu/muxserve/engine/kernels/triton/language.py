@@ -22,9 +22,9 @@ if TYPE_CHECKING or importlib.util.find_spec("triton"):
 else:
     triton, tl = None, None
 
-__all__ = ["LOG2_E", "jit", "key_rows", "next_power_of_2", "precision", "tanh", "tl"]
+__all__ = ["exponents", "jit", "key_rows", "next_power_of_2", "precision", "tanh", "tl"]
 
-LOG2_E = 1.4426950408889634
+_LOG2_E = 1.4426950408889634
 
 
 class _Missing:
@@ -47,6 +47,11 @@ def next_power_of_2(n: int) -> int:
 def precision(itemsize: int) -> str:
     """How `tl.dot` multiplies operands of that many bytes: float32 exactly, not as TF32."""
     return "ieee" if itemsize == 4 else "tf32"
+
+
+def exponents(scale: float, soft_cap: float | None) -> tuple[float, float]:
+    """What to multiply scores by, and what their tanh (0 = there is none), so that exp2 is softmax's exp."""
+    return (scale * _LOG2_E, 0.0) if soft_cap is None else (scale / soft_cap, soft_cap * _LOG2_E)
 
 
 @jit

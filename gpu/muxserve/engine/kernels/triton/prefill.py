@@ -8,7 +8,7 @@ from torch import Tensor
 
 from muxserve.engine.kernels.interface import KVCache
 from muxserve.engine.kernels.triton.language import (
-    LOG2_E,
+    exponents,
     jit,
     key_rows,
     next_power_of_2,
@@ -58,8 +58,7 @@ def prefill_attention(
         slots,
         query_starts,
         context_lengths,
-        scale * LOG2_E if soft_cap is None else scale / soft_cap,
-        0.0 if soft_cap is None else soft_cap * LOG2_E,
+        *exponents(scale, soft_cap),
         window or 0,
         sequences,
         cache.blocks.stride(0),

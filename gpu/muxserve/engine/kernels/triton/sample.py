@@ -63,16 +63,11 @@ def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor, tokens: Tens
         torch.empty(rows, dtype=torch.int8, device=device),
         torch.empty(rows, dtype=torch.int8, device=device),
     )
+    weighed = (scores, candidates, best, first, count, mass, found.bad)
     how = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, scores.stride(0), vocabulary)
     stops = batch.stop_ids.shape[1]
     _weigh[rows,](
-        scores,
-        candidates,
-        best,
-        first,
-        count,
-        mass,
-        found.bad,
+        *weighed,
         *how,
         GREEDY=GREEDY_BELOW,
         RANDOM=batch.random,
@@ -80,13 +75,7 @@ def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor, tokens: Tens
         num_warps=SAMPLE.warps,
     )
     _choose[rows,](
-        scores,
-        candidates,
-        best,
-        first,
-        count,
-        mass,
-        found.bad,
+        *weighed,
         found.tokens,
         found.finished,
         batch.seeds,

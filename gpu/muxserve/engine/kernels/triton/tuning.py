@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from muxserve.engine.kernels.triton.language import next_power_of_2
+
 DeviceClass = Literal["h100", "h200", "other"]
 
 SMS: dict[DeviceClass, int] = {"h100": 132, "h200": 132, "other": 108}
@@ -95,7 +97,7 @@ def device_class(device: torch.device) -> DeviceClass:
 
 
 def _padded(head_dim: int) -> int:
-    return max(64, 1 << (head_dim - 1).bit_length())
+    return max(64, next_power_of_2(head_dim))
 
 
 def decode_launch(device: torch.device, head_dim: int, group: int, itemsize: int) -> DecodeLaunch:
@@ -113,7 +115,7 @@ def prefill_launch(device: torch.device, head_dim: int, group: int, itemsize: in
     found = _PREFILL.get((kind, head, group)) or _PREFILL[kind, head, None]
     if itemsize > 2:
         found = replace(found, rows=32, keys=16, warps=4, stages=1)
-    return replace(found, rows=max(found.rows, 1 << (group - 1).bit_length()))
+    return replace(found, rows=max(found.rows, next_power_of_2(group)))
 
 
 def splits(device: torch.device, launch: DecodeLaunch, rows: int, longest: int) -> int:
@@ -129,7 +131,7 @@ def write_launch(device: torch.device, head_dim: int) -> WriteLaunch:
 
 def norm_launch(size: int) -> RowLaunch:
     """Of a norm over rows of `size`, each held by one program."""
-    block = 1 << (size - 1).bit_length()
+    block = next_power_of_2(size)
     return RowLaunch(block, max(1, min(16, block // 512)))
 
 
