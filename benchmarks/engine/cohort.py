@@ -6,10 +6,8 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.engine.plan import FIRST_ID
 from muxserve.engine.messages import Sampling
-
-FIRST_ID = 16
-"""Ids below are control tokens."""
 
 
 @dataclass(frozen=True)

@@ -133,10 +133,10 @@ class Rounds:
         """Seconds that a round will take, going by what was measured."""
         pairs = itertools.product(cells, self._contenders)
         found = (chosen(self.done, c.name, cell) for cell, c in pairs if self._takes_part(c, cell, number))
-        medians = (
-            statistics.median(one.seconds for one in each) * each[0].cell.times for each in found if each
+        times = (
+            (each[0].cell.times, statistics.median(one.seconds for one in each)) for each in found if each
         )
-        return sum(medians)
+        return sum(count * seconds for count, seconds in times)
 
     def _takes_part(self, contender: Contender, cell: Cell, number: int) -> bool:
         family = self._families.get(contender.name)

@@ -18,8 +18,8 @@ Array = NDArray[Any]
 
 
 _LONGEST_HOLD, _HOLD_PER_ROW = 0.05, 0.0015
-"""Seconds that steps of many rows may wait for the next ones, so that telling of them costs less: half of
-what the worker's pacer would hold their tokens back anyway. A lone row's never wait."""
+"""Seconds that steps of many rows may wait for the next ones, so that telling of them costs less: well
+below what the worker's pacer holds their tokens back anyway. A lone row's never wait."""
 
 
 class NativeJob:

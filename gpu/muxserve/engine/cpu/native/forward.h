@@ -274,8 +274,8 @@ class Forward {
             for (int64_t i = begin; i < end; i++) {
                 int64_t b = i / count, p = i % count;
                 multiply_panel<Type>(
-                    {a, row}, which.begin + rows * b / blocks, which.begin + rows * (b + 1) / blocks, panels + p * words * PANEL, words,
-                    AHEAD, [&](int64_t m) { return target(m, p * PANEL); },
+                    {a, row}, which.begin + rows * b / blocks, which.begin + rows * (b + 1) / blocks,
+                    panels + p * words * PANEL, words, AHEAD, [&](int64_t m) { return target(m, p * PANEL); },
                     [&](int64_t m, Floats* v) { finish(m, p * PANEL, v); }
                 );
             }

@@ -1,8 +1,8 @@
 // `Team`: the threads of an executor. Jobs use as many of them as they are given, from one call to the next.
 //
 // Threads that wait spin for some microseconds, which is what most waits take, then let others have the core if
-// there are any, and then sleep: waking a sleeper takes longer than most parts of a step do. Work is handed out in small parts, so that a thread that was held up
-// by a neighbour holds up nobody for long.
+// there are any, and then sleep: waking a sleeper takes longer than most parts of a step do. Work is handed out in
+// small parts, so that a thread that was held up by a neighbour holds up nobody for long.
 
 #pragma once
 
