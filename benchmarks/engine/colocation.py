@@ -121,7 +121,7 @@ class Stage:
         length = self._options.context + done
         limit = self._options.context + self._options.steps + 1
         rows = tuple(DecodeRow(slot, length, limit, GREEDY) for slot in range(self._options.batch))
-        job = DecodeJob(0, served.name, rows, steps, self._options.threads)
+        job = DecodeJob(0, served.name, rows, steps)
         for number, step in enumerate(self._unit.runner.run(job), start=1):
             if step.failed:
                 raise AssertionError(f"logits of slots {step.failed} of {served.name} are not finite")

@@ -178,7 +178,7 @@ class Loop:
     def _prefill(self, came: list[Request]) -> None:
         for request in came:
             chunk = PrefillChunk(request.slot, 0, request.length, request.limit, request.sampling)
-            self._run(PrefillJob(self._jobs, MODEL, (chunk,), self._options.threads), [request])
+            self._run(PrefillJob(self._jobs, MODEL, (chunk,)), [request])
 
     def _grow(self) -> None:
         """Blocks for the next lease of all that live; the newest make room."""
@@ -198,7 +198,7 @@ class Loop:
         """One decode job over all that live."""
         rows = tuple(DecodeRow(r.slot, r.length, r.limit, r.sampling) for r in self._live if not r.ended)
         if rows:
-            self._run(DecodeJob(self._jobs, MODEL, rows, LEASE, self._options.threads), self._live)
+            self._run(DecodeJob(self._jobs, MODEL, rows, LEASE), self._live)
 
     def _run(self, job: PrefillJob | DecodeJob, requests: list[Request]) -> None:
         self._jobs += 1

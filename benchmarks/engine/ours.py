@@ -62,7 +62,6 @@ class Engine:
             dtype=spec.dtype,
             block_bytes=options.block_bytes,
         )
-        self._threads = options.threads
         self._jobs = itertools.count()
         # A sequence's last span is half empty on average and whole at worst.
         groups = self.layout.spans(options.tokens) + options.slots
@@ -75,11 +74,11 @@ class Engine:
         self._tables = SequenceTables.create(self.layout, options.slots, options.context)
         self.load_s, weights_fd = _load(Path(options.model), checkpoint.weight_bytes(WEIGHT_LAYOUT), options)
         self._runner = CpuRunner(options.threads)
-        self._runner.attach(arena.descriptor(), os.dup(arena.fd))
+        self._runner.attach(arena.descriptor(), [os.dup(arena.fd)])
         manifest = checkpoint.manifest(WEIGHT_LAYOUT)
         slots, context = options.slots, options.context
         model = AddModel(MODEL, spec, self.layout, slots, context, manifest, WEIGHT_LAYOUT)
-        self._runner.add(model, weights_fd=weights_fd, tables_fd=os.dup(self._tables.fd))
+        self._runner.add(model, [weights_fd, os.dup(self._tables.fd)])
 
     def generate(self, prompts: Prompts, new: int, filled: bool = False) -> Timing:
         """As `peers.wire` has it."""
@@ -111,7 +110,7 @@ class Engine:
             DecodeRow(slot, length, length - 1 + new, GREEDY)
             for slot, length in zip(slots, lengths, strict=True)
         )
-        running = self._runner.start(DecodeJob(next(self._jobs), MODEL, batch, new - 1, self._threads))
+        running = self._runner.start(DecodeJob(next(self._jobs), MODEL, batch, new - 1))
         for step in self._run(running):
             clock.arrived([(rows[s], [t]) for s, t in zip(step.slots, step.tokens, strict=True)])
         return running.parts
@@ -136,10 +135,10 @@ class Engine:
                 left -= end - start
                 start = end
                 if not left:
-                    yield PrefillJob(next(self._jobs), MODEL, tuple(chunks), self._threads)
+                    yield PrefillJob(next(self._jobs), MODEL, tuple(chunks))
                     chunks, left = [], CHUNK_TOKENS
         if chunks:
-            yield PrefillJob(next(self._jobs), MODEL, tuple(chunks), self._threads)
+            yield PrefillJob(next(self._jobs), MODEL, tuple(chunks))
 
     def _run(self, job: NativeJob) -> Iterator[Step]:
         """The job's steps as they come. Raises its fault."""

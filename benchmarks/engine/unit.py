@@ -40,7 +40,7 @@ class Unit:
         self._arena = SharedArena.create(blocks * block_bytes, block_bytes)
         self.pool = BlockPool(self._arena.blocks)
         self.runner = CpuRunner(threads)
-        self.runner.attach(self._arena.descriptor(), os.dup(self._arena.fd))
+        self.runner.attach(self._arena.descriptor(), [os.dup(self._arena.fd)])
         # Touched now: what is resident later is no page that an earlier sequence would have touched.
         self._arena.data.fill(0)
 
@@ -62,7 +62,7 @@ class Unit:
             weight_layout="panels",
         )
         fd = load(checkpoint) if weights is None else os.dup(weights)
-        self.runner.add(command, weights_fd=fd, tables_fd=os.dup(tables.fd))
+        self.runner.add(command, [fd, os.dup(tables.fd)])
         self.pool.register(name, layout, self._arena.blocks)
         return Served(name, spec, layout, tables)
 

@@ -11,19 +11,30 @@ import numpy as np
 from muxserve.engine.arena import SharedArena
 from muxserve.engine.checkpoint import Checkpoint, fill
 from muxserve.engine.cpu.runner import CpuRunner
-from muxserve.engine.messages import AddModel, DecodeJob, DecodeRow, PrefillChunk, PrefillJob, Sampling, Step
+from muxserve.engine.messages import (
+    AddModel,
+    DecodeJob,
+    DecodeRow,
+    PrefillChunk,
+    PrefillJob,
+    Sampling,
+    Shares,
+    Step,
+)
 from muxserve.engine.spec import KVLayout
 from muxserve.engine.tables import SequenceTables
 from muxserve.engine.weights import weights_memfd
 
 Tokens = list[int]
 GREEDY = Sampling(temperature=0.0)
+ALONE, HALF = Shares(), Shares(0.5, 0.5)
+"""All threads of an engine, half of them."""
 
 
 class CpuEngine:
     """One model over an arena full of NaN, its blocks scattered and all allocated.
 
-    Weights go through a memfd in panels, as an executor gets them.
+    Weights go through a memfd in panels, as an executor gets them. threads: of a job that runs alone.
     """
 
     def __init__(
@@ -37,7 +48,6 @@ class CpuEngine:
         variant: str = "",
     ) -> None:
         spec = checkpoint.spec
-        self.threads = threads
         self.layout = KVLayout(
             layers=len(spec.layers),
             kv_heads=spec.kv_heads,
@@ -55,7 +65,7 @@ class CpuEngine:
             self.tables.acquire(slot)
             self.tables.assign(slot, 0, ids)
         self.runner = CpuRunner(threads, variant)
-        self.runner.attach(self.arena.descriptor(), os.dup(self.arena.fd))
+        self.runner.attach(self.arena.descriptor(), [os.dup(self.arena.fd)])
         weights = weights_memfd(checkpoint.weight_bytes("panels"))
         fill(checkpoint, weights, threads=1, layout="panels")
         command = AddModel(
@@ -67,7 +77,7 @@ class CpuEngine:
             weights=checkpoint.manifest("panels"),
             weight_layout="panels",
         )
-        self.runner.add(command, weights_fd=weights, tables_fd=os.dup(self.tables.fd))
+        self.runner.add(command, [weights, os.dup(self.tables.fd)])
 
     def __enter__(self) -> CpuEngine:
         return self
@@ -79,11 +89,11 @@ class CpuEngine:
 
     def prefill(self, chunks: Sequence[PrefillChunk]) -> Step | None:
         """One prefill job."""
-        return next(self.runner.run(PrefillJob(0, "m", tuple(chunks), self.threads)), None)
+        return next(self.runner.run(PrefillJob(0, "m", tuple(chunks))), None)
 
     def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[Step]:
         """One decode job."""
-        return list(self.runner.run(DecodeJob(0, "m", tuple(rows), steps, self.threads)))
+        return list(self.runner.run(DecodeJob(0, "m", tuple(rows), steps)))
 
     def generate(
         self, prompts: Sequence[Tokens], new: int, *, chunk: int, sampling: Sequence[Sampling] | None = None

@@ -28,7 +28,7 @@ from muxserve.engine.messages import (
     TokenLogprobs,
 )
 from muxserve.engine.spec import DType
-from tests.engine.cpu import CpuEngine
+from tests.engine.cpu import ALONE, HALF, CpuEngine
 from tests.engine.model_factory import Family, make_model
 
 HERE = [name for name, needed in VARIANTS.items() if needed <= cpu_flags()]
@@ -36,6 +36,9 @@ NEW, CHUNK = 12, 48
 LENGTHS = (1, 2, 30, 47, 48, 100, 1018, 1100)
 """Of the prompts. Beyond 1,024 tokens a context is split; two prompts cross that, one while it decodes."""
 CONTEXT = max(LENGTHS) + NEW
+
+SHARES = {1: HALF, 2: ALONE}
+"""That give a job so many threads."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,13 @@ class Bench:
                 if start < end:
                     how = s.sampling if end == len(s.prompt) else None
                     chunks.append(PrefillChunk(s.slot, start, end, s.limit, how))
-            self.take(texts, self.engine.runner.run(PrefillJob(0, "m", tuple(chunks), threads)))
+            self.take(texts, self.engine.runner.run(PrefillJob(0, "m", tuple(chunks), SHARES[threads])))
         return texts
 
     def decode(self, wanted: Sequence[Asked], texts: Texts, lease: int = NEW, threads: int = 1) -> Texts:
         """To their ends, in jobs of `lease` steps."""
         while rows := self.rows(wanted, texts):
-            self.take(texts, self.engine.runner.run(DecodeJob(1, "m", rows, lease, threads)))
+            self.take(texts, self.engine.runner.run(DecodeJob(1, "m", rows, lease, SHARES[threads])))
         return texts
 
     @staticmethod
@@ -214,8 +217,8 @@ def watch(engine: CpuEngine, job: NativeJob, each: Callable[[int], None]) -> lis
 def test_threads_that_come_and_go_change_nothing(alone: Expected) -> None:
     bench, wanted = alone.bench, alone.wanted
     texts = bench.prefill(wanted)
-    job = bench.engine.runner.start(DecodeJob(1, "m", bench.rows(wanted, texts), NEW, 2))
-    bench.take(texts, watch(bench.engine, job, lambda steps: job.use_threads(1 + steps % 2)))
+    job = bench.engine.runner.start(DecodeJob(1, "m", bench.rows(wanted, texts), NEW))
+    bench.take(texts, watch(bench.engine, job, lambda steps: job.use_shares(SHARES[1 + steps % 2])))
     assert texts == alone.texts
 
 
@@ -226,10 +229,10 @@ def test_threads_that_come_and_go_in_a_prefill_change_nothing(alone: Expected) -
     first = {s.slot: bench.prefill([s], 2)[s.slot] for s in wanted}
     assert texts == first == {s.slot: alone.texts[s.slot][:1] for s in wanted}
     whole = [PrefillChunk(s.slot, 0, len(s.prompt), s.limit, s.sampling) for s in wanted]
-    unchunked = list(bench.engine.runner.run(PrefillJob(0, "m", tuple(whole), 1)))
+    unchunked = list(bench.engine.runner.run(PrefillJob(0, "m", tuple(whole), HALF)))
     for threads in (1, 2):
-        job = bench.engine.runner.start(PrefillJob(0, "m", tuple(whole), threads))
-        job.use_threads(3 - threads)
+        job = bench.engine.runner.start(PrefillJob(0, "m", tuple(whole), SHARES[threads]))
+        job.use_shares(SHARES[3 - threads])
         assert watch(bench.engine, job, lambda steps: None) == unchunked
 
 
@@ -237,7 +240,7 @@ def test_threads_that_come_and_go_in_a_prefill_change_nothing(alone: Expected) -
 def test_a_job_that_is_stopped_goes_on_in_the_next_one(alone: Expected, after: int) -> None:
     bench, wanted = alone.bench, alone.wanted
     texts = bench.prefill(wanted, 2)
-    job = bench.engine.runner.start(DecodeJob(1, "m", bench.rows(wanted, texts), NEW, 2))
+    job = bench.engine.runner.start(DecodeJob(1, "m", bench.rows(wanted, texts), NEW))
     steps = watch(bench.engine, job, lambda steps: job.stop() if steps >= after else None)
     assert after <= len(steps) == job.steps < NEW
     bench.take(texts, steps)
@@ -248,7 +251,7 @@ def test_a_job_that_nobody_listens_to_is_stopped(alone: Expected) -> None:
     """As when a worker's stream ends: what was computed stays good."""
     bench, wanted = alone.bench, alone.wanted
     texts = bench.prefill(wanted)
-    steps = bench.engine.runner.run(DecodeJob(1, "m", bench.rows(wanted, texts), NEW, 2))
+    steps = bench.engine.runner.run(DecodeJob(1, "m", bench.rows(wanted, texts), NEW))
     bench.take(texts, [next(steps)])
     steps.close()  # type: ignore[attr-defined]
     assert bench.decode(wanted, texts) == alone.texts

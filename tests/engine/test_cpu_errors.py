@@ -10,7 +10,7 @@ import torch
 
 from muxserve.engine.checkpoint import open_checkpoint
 from muxserve.engine.cpu.errors import JobError, UnallocatedBlockError
-from muxserve.engine.messages import DecodeJob, DecodeRow, PrefillChunk, PrefillJob, Step
+from muxserve.engine.messages import DecodeJob, DecodeRow, PrefillChunk, PrefillJob, Shares, Step
 from tests.engine.cpu import GREEDY, CpuEngine
 from tests.engine.model_factory import make_model
 
@@ -27,7 +27,7 @@ class Told:
 
     def job(self, *rows: DecodeRow, steps: int = 4) -> DecodeJob:
         """On two threads."""
-        return DecodeJob(7, "m", rows, steps, 2)
+        return DecodeJob(7, "m", rows, steps)
 
     def says_the_same(self) -> bool:
         """The good sequence, again from its prompt."""
@@ -133,24 +133,24 @@ def test_a_sequence_that_fills_its_table_ends_for_its_length(told: Told) -> None
 
 def test_a_model_that_is_not_there_is_a_key_error(told: Told) -> None:
     with pytest.raises(KeyError):
-        told.engine.runner.start(DecodeJob(1, "other", (GOOD,), 1, 1))
+        told.engine.runner.start(DecodeJob(1, "other", (GOOD,), 1))
     with pytest.raises(KeyError):
-        told.engine.runner.start(PrefillJob(1, "other", (), 1))
+        told.engine.runner.start(PrefillJob(1, "other", ()))
     assert told.says_the_same()
 
 
-@pytest.mark.parametrize("threads", [-3, 0, 1, 99])
-def test_any_number_of_threads_is_taken_for_one_that_there_is(told: Told, threads: int) -> None:
+@pytest.mark.parametrize("shares", [Shares(), Shares(1, 0.001), Shares(0.001, 1), Shares(-3, 9)])
+def test_any_shares_are_taken_for_threads_that_there_are(told: Told, shares: Shares) -> None:
     tables = told.engine.tables
     tables.tokens[0, : len(PROMPT)] = PROMPT
     chunk = PrefillChunk(0, 0, len(PROMPT), CONTEXT, GREEDY)
-    first = list(told.engine.runner.run(PrefillJob(0, "m", (chunk,), threads)))
-    rest = list(told.engine.runner.run(DecodeJob(0, "m", (GOOD,), 4, threads)))
+    first = list(told.engine.runner.run(PrefillJob(0, "m", (chunk,), shares)))
+    rest = list(told.engine.runner.run(DecodeJob(0, "m", (GOOD,), 4, shares)))
     assert [*first, *rest] == told.steps
 
 
 def test_jobs_of_nothing_end_with_nothing(told: Told) -> None:
     assert list(told.engine.runner.run(told.job())) == []
     assert list(told.engine.runner.run(told.job(GOOD, steps=0))) == []
-    assert list(told.engine.runner.run(PrefillJob(0, "m", (), 1))) == []
+    assert list(told.engine.runner.run(PrefillJob(0, "m", ()))) == []
     assert told.says_the_same()

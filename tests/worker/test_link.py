@@ -22,7 +22,7 @@ def ends() -> Iterator[tuple[Link[Command], Link[Command]]]:
 def job(stops: int) -> DecodeJob:
     """A job whose message has about three bytes per stop token."""
     return DecodeJob(
-        1, "m", (DecodeRow(0, 5, 9, Sampling(stop_token_ids=tuple(range(300, 300 + stops)))),), 8, 1
+        1, "m", (DecodeRow(0, 5, 9, Sampling(stop_token_ids=tuple(range(300, 300 + stops)))),), 8
     )
 
 

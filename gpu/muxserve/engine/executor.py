@@ -1,8 +1,8 @@
-"""The executor process: `python -m muxserve.engine.executor --fd N --kind prefill|decode --parent PID`.
+"""The executor process: `python -m muxserve.engine.executor --fd N --kind prefill|decode|both --parent PID`.
 
-One process per kind runs the jobs of every model of the unit. It owns nothing: the arena, weights and tables
-are mapped from descriptors that the worker sends, so its death loses at most the job that runs. Jobs run on
-threads of the engine's; this one sends their steps to the worker and takes its commands meanwhile.
+It runs jobs of every model of the unit, of one kind or of both. It owns nothing: the arena, weights and
+tables are mapped from what the worker sends, so its death loses at most the jobs that run. Jobs have threads
+of the runner's; this one sends their steps to the worker and takes its commands meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import structlog
 
 from muxserve.common.parent import die_with_parent
 from muxserve.common.process import configure_logs
-from muxserve.engine.cpu.jobs import NativeJob
 from muxserve.engine.cpu.runner import CpuRunner
 from muxserve.engine.link import Link, LinkClosed
 from muxserve.engine.messages import (
@@ -34,21 +33,25 @@ from muxserve.engine.messages import (
     Ready,
     RemoveModel,
     Shutdown,
-    UseThreads,
+    UseShares,
 )
+from muxserve.engine.runner import Runner, RunningJob
 
 log = structlog.get_logger(__name__)
 
+JobMessage = PrefillJob | DecodeJob
+Waiting = deque[tuple[Command, list[int]]]
+
 
 class Executor:
-    """Takes commands in order, but for EndLease, UseThreads and Shutdown, which reach the job that runs at
-    once."""
+    """Takes commands in order, with two exceptions: a job waits for one of its own kind only, and EndLease,
+    UseShares and Shutdown reach the jobs that run at once."""
 
-    def __init__(self, link: Link[Command], runner: CpuRunner) -> None:
+    def __init__(self, link: Link[Command], runner: Runner) -> None:
         self._link = link
         self._runner = runner
-        self._waiting: deque[tuple[Command, list[int]]] = deque()
-        self._job: NativeJob | None = None
+        self._waiting: Waiting = deque()
+        self._jobs: dict[type[JobMessage], RunningJob] = {}
         self._shut_down = False
 
     def run(self) -> None:
@@ -62,8 +65,6 @@ class Executor:
                     self._receive()
                 else:
                     self._report()
-            while self._job is None and self._waiting:
-                self._handle(*self._waiting.popleft())
 
     def _receive(self) -> None:
         while (received := self._link.try_receive()) is not None:
@@ -71,38 +72,57 @@ class Executor:
                 case EndLease(job=number):
                     if (job := self._running(number)) is not None:
                         job.stop()
-                case UseThreads(job=number, threads=threads):
+                case UseShares(job=number, shares=shares):
                     if (job := self._running(number)) is not None:
-                        job.use_threads(threads)
+                        job.use_shares(shares)
                 case Shutdown():
                     self._shut_down = True
                 case _:
                     self._waiting.append(received)
+                    self._handle_waiting()
 
-    def _running(self, number: int) -> NativeJob | None:
+    def _running(self, number: int) -> RunningJob | None:
         """The job of that number, if it has not ended by itself."""
-        return self._job if self._job is not None and self._job.number == number else None
+        return next((job for job in self._jobs.values() if job.number == number), None)
 
     def _report(self) -> None:
         self._runner.acknowledge()
-        if (job := self._job) is None:
-            return
-        ended = job.ended  # asked before its steps are collected: none comes after
-        for step in job.collect():
-            self._link.send(step)
-        if not ended:
-            return
-        self._job = None
-        error = ""
-        if job.error is not None:
-            log.error("job failed", job=job.number, model=job.model, error=str(job.error))
-            error = _describe(job.error)
-        self._link.send(JobDone(job.number, job.steps, job.seconds, error))
+        for kind, job in list(self._jobs.items()):
+            ended = job.ended  # asked before its steps are collected: none comes after
+            for step in job.collect():
+                self._link.send(step)
+            if ended:
+                del self._jobs[kind]
+                self._link.send(JobDone(job.number, job.steps, job.seconds, _fault(job)))
+        self._handle_waiting()
+
+    def _handle_waiting(self) -> None:
+        held: Waiting = deque()
+        while self._waiting:
+            received = self._waiting.popleft()
+            if not self._must_wait(received[0], held):
+                self._handle(*received)
+                continue
+            held.append(received)
+            if isinstance(received[0], RemoveModel):
+                break  # a model of that name that is added next is another one
+        self._waiting.extendleft(reversed(held))
+
+    def _must_wait(self, command: Command, held: Waiting) -> bool:
+        """held: what waits and came before it."""
+        match command:
+            case PrefillJob() | DecodeJob():
+                kind = type(command)
+                return kind in self._jobs or any(isinstance(each, kind) for each, _ in held)
+            case RemoveModel(model=model):
+                waiting = [each for each, _ in held if isinstance(each, PrefillJob | DecodeJob)]
+                return any(job.model == model for job in (*self._jobs.values(), *waiting))
+        return False
 
     def _handle(self, command: Command, descriptors: list[int]) -> None:
         match command:
             case AttachArena():
-                self._runner.attach(command, descriptors[0])
+                self._runner.attach(command, descriptors)
                 self._link.send(Ready(os.getpid(), self._runner.device, self._runner.partition))
             case AddModel():
                 self._add(command, descriptors)
@@ -115,7 +135,7 @@ class Executor:
     def _add(self, command: AddModel, descriptors: list[int]) -> None:
         started = time.perf_counter()
         try:
-            self._runner.add(command, weights_fd=descriptors[0], tables_fd=descriptors[1])
+            self._runner.add(command, descriptors)
         except Exception as error:  # a model that cannot be mapped must not take the others along
             log.exception("model not added", model=command.model)
             self._link.send(ModelAdded(command.model, error=_describe(error)))
@@ -123,12 +143,20 @@ class Executor:
             log.info("model added", model=command.model, seconds=round(time.perf_counter() - started, 3))
             self._link.send(ModelAdded(command.model))
 
-    def _start(self, message: PrefillJob | DecodeJob) -> None:
+    def _start(self, message: JobMessage) -> None:
         try:
-            self._job = self._runner.start(message)
+            self._jobs[type(message)] = self._runner.start(message)
         except Exception as error:  # this job's own; the executor and its neighbours live on
             log.exception("job refused", job=message.job, model=message.model)
             self._link.send(JobDone(message.job, 0, 0.0, _describe(error)))
+
+
+def _fault(job: RunningJob) -> str:
+    """Of a job that has ended; empty: none."""
+    if job.error is None:
+        return ""
+    log.error("job failed", job=job.number, model=job.model, error=str(job.error))
+    return _describe(job.error)
 
 
 def _describe(error: Exception) -> str:
@@ -139,7 +167,7 @@ def main() -> None:
     """Entry point of the process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True, help="connected SOCK_SEQPACKET socket")
-    parser.add_argument("--kind", choices=["prefill", "decode"], required=True)
+    parser.add_argument("--kind", choices=["prefill", "decode", "both"], required=True)
     parser.add_argument("--cores", type=int, required=True, help="most threads that a job may use")
     parser.add_argument("--parent", type=int, required=True, help="process id of the worker")
     parser.add_argument("--log-level", default="info")

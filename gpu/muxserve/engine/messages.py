@@ -59,7 +59,7 @@ class AttachArena(msgspec.Struct, frozen=True, tag=True):
 
 
 class AddModel(msgspec.Struct, frozen=True, tag=True):
-    """Two file descriptors come with it: weights, then tables."""
+    """Two file descriptors come with it: weights, then tables. With `weights_handle` the tables' alone."""
 
     model: str
     spec: ModelSpec
@@ -69,10 +69,23 @@ class AddModel(msgspec.Struct, frozen=True, tag=True):
     """Tokens of the longest sequence that is served: the width of the tables."""
     weights: tuple[TensorEntry, ...]
     weight_layout: WeightLayout = "canonical"
+    weights_handle: bytes = b""
+    """A cudaIpcMemHandle of the weights instead of their descriptor, on a GPU."""
 
 
 class RemoveModel(msgspec.Struct, frozen=True, tag=True):
     model: str
+
+
+class Shares(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Compute shares, in (0, 1], of the jobs of both kinds that run now; 0 = none of that kind runs.
+
+    What they come to is the runner's to say: cores are split by them (`shares.split_cores`), a GPU has lanes
+    (`cuda.lanes.Partition`). A job whose own share is 0 was told nothing, and runs as if alone.
+    """
+
+    prefill: float = 0.0
+    decode: float = 0.0
 
 
 class PrefillChunk(msgspec.Struct, frozen=True):
@@ -91,8 +104,8 @@ class PrefillJob(msgspec.Struct, frozen=True, tag=True):
     job: int
     model: str
     chunks: tuple[PrefillChunk, ...]
-    threads: int = 1
-    """To begin with; UseThreads changes it."""
+    shares: Shares = Shares()
+    """To begin with; UseShares changes them."""
 
 
 class DecodeRow(msgspec.Struct, frozen=True):
@@ -111,7 +124,7 @@ class DecodeJob(msgspec.Struct, frozen=True, tag=True):
     model: str
     rows: tuple[DecodeRow, ...]
     steps: int
-    threads: int = 1
+    shares: Shares = Shares()
 
 
 class EndLease(msgspec.Struct, frozen=True, tag=True):
@@ -120,18 +133,18 @@ class EndLease(msgspec.Struct, frozen=True, tag=True):
     job: int
 
 
-class UseThreads(msgspec.Struct, frozen=True, tag=True):
-    """Compute that job with so many threads from its next step (decode) or layer (prefill) on."""
+class UseShares(msgspec.Struct, frozen=True, tag=True):
+    """Go on with that job on its part by these shares, from its next step (decode) or layer (prefill) on."""
 
     job: int
-    threads: int
+    shares: Shares
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-Command = AttachArena | AddModel | RemoveModel | PrefillJob | DecodeJob | EndLease | UseThreads | Shutdown
+Command = AttachArena | AddModel | RemoveModel | PrefillJob | DecodeJob | EndLease | UseShares | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

@@ -24,9 +24,10 @@ from muxserve.engine.messages import (
     Ready,
     RemoveModel,
     Report,
+    Shares,
     Shutdown,
     Step,
-    UseThreads,
+    UseShares,
 )
 from muxserve.worker.child import Child
 
@@ -127,16 +128,16 @@ class ExecutorProcess:
         await removed
 
     def submit(self, job: PrefillJob | DecodeJob) -> None:
-        """Run a job; only while `ready`, and one at a time."""
+        """Run a job; only while `ready`, and one of each kind at a time."""
         self._send(job)
 
     def end_lease(self, job: int) -> None:
         """End that decode job after the step that runs."""
         self._send(EndLease(job))
 
-    def use_threads(self, job: int, threads: int) -> None:
-        """Compute that job with so many threads from its next step on."""
-        self._send(UseThreads(job, threads))
+    def use_shares(self, job: int, shares: Shares) -> None:
+        """Go on with that job on its part by these shares, from its next step on."""
+        self._send(UseShares(job, shares))
 
     async def _supervise(self) -> None:
         pause = 0.0

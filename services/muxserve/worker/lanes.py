@@ -1,19 +1,19 @@
-"""`Lane`: one executor and the jobs that wait for it. `Lanes`: both of them."""
+"""`Lane`: jobs of one kind, and the one of them that an executor runs. `Lanes`: both of them."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 import structlog
 
-from muxserve.engine.messages import UNFINISHED, JobDone, PrefillJob, Step
+from muxserve.engine.messages import UNFINISHED, JobDone, PrefillJob, Shares, Step
 from muxserve.engine.pool import BlockPool
-from muxserve.engine.shares import split_cores
 from muxserve.worker.executors import ExecutorOptions, ExecutorProcess
 from muxserve.worker.jobs import Plan, plan
 from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, Refused, Tokens
@@ -46,8 +46,8 @@ class _Running:
     order: Order
     plan: Plan
     job: int
-    threads: int = 0
-    """0 = the executor has not been given the job yet."""
+    shares: Shares | None = None
+    """None: the executor has not been given the job yet."""
 
 
 class Lane:
@@ -59,17 +59,19 @@ class Lane:
         kind: str,
         options: ExecutorOptions,
         pool: BlockPool,
+        numbers: Iterator[int],
         divide: Callable[[], None],
         on_change: Callable[[], None],
     ) -> None:
-        """divide: called when a job is about to start or has ended; calls `use_threads` of all lanes."""
+        """numbers: for jobs; one executor may have those of both lanes. divide: called when a job is about to
+        start or has ended; calls `use_shares` of all lanes."""
         self.executor = ExecutorProcess(kind, options, self._on_report, self._on_executor)
         self._pool = pool
         self._divide = divide
         self._on_change = on_change
         self._waiting: deque[_Waiting] = deque()
         self._running: _Running | None = None
-        self._last_job = 0
+        self._numbers = numbers
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -78,14 +80,14 @@ class Lane:
         """Compute share of the job that runs; 0 = none does."""
         return self._running.order.share if self._running else 0.0
 
-    def use_threads(self, threads: int) -> None:
-        """Of the job that runs, from its next step on."""
+    def use_shares(self, shares: Shares) -> None:
+        """Those of all jobs that run now: this lane's goes on by them from its next step on."""
         running = self._running
-        if running is None or running.threads == threads:
+        if running is None or running.shares == shares:
             return
-        if running.threads:
-            self.executor.use_threads(running.job, threads)
-        running.threads = threads
+        if running.shares is not None:
+            self.executor.use_shares(running.job, shares)
+        running.shares = shares
 
     def submit(self, owner: JobOwner, order: Order) -> None:
         """Run `order` when its turn comes; too many waiting ones and it fails at once."""
@@ -121,15 +123,15 @@ class Lane:
         while self._running is None and self.executor.ready and self._waiting:
             waiting = self._waiting.popleft()
             owner, order = waiting.owner, waiting.order
-            self._last_job += 1
-            made = plan(order, self._last_job, owner.book)
+            job = next(self._numbers)
+            made = plan(order, job, owner.book)
             if made.message is None:
                 self._tell_end(owner, order, made, Outcome.OK)
                 continue
-            self._running = _Running(owner, order, made, self._last_job)
+            running = self._running = _Running(owner, order, made, job)
             self._idle.clear()
             self._divide()
-            self.executor.submit(msgspec.structs.replace(made.message, threads=self._running.threads))
+            self.executor.submit(msgspec.structs.replace(made.message, shares=running.shares))
 
     def _on_report(self, report: Step | JobDone) -> None:
         running = self._running
@@ -208,12 +210,12 @@ class Lane:
 
 
 class Lanes:
-    """A prefill lane and a decode lane over one arena, and the split of the cores between them."""
+    """A prefill lane and a decode lane over one arena, and how they share the device."""
 
     def __init__(self, options: ExecutorOptions, pool: BlockPool, on_change: Callable[[], None]) -> None:
-        self._cores = options.cores
-        self.prefill = Lane("prefill", options, pool, self._divide, on_change)
-        self.decode = Lane("decode", options, pool, self._divide, on_change)
+        numbers = itertools.count(1)
+        self.prefill = Lane("prefill", options, pool, numbers, self._divide, on_change)
+        self.decode = Lane("decode", options, pool, numbers, self._divide, on_change)
 
     @property
     def executors(self) -> tuple[ExecutorProcess, ExecutorProcess]:
@@ -233,8 +235,8 @@ class Lanes:
         await asyncio.gather(self.prefill.drop(owner), self.decode.drop(owner))
 
     def _divide(self) -> None:
-        """Divide the cores between the jobs that run."""
-        prefill, decode = split_cores(self._cores, self.prefill.share, self.decode.share)
-        # Whoever gives cores up is told first.
-        self.decode.use_threads(decode)
-        self.prefill.use_threads(prefill)
+        """Have the jobs that run share the device."""
+        shares = Shares(self.prefill.share, self.decode.share)
+        # A job that is about to start is handed over after this: who gives up a part for it is told first.
+        self.decode.use_shares(shares)
+        self.prefill.use_shares(shares)

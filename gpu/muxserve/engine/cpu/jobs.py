@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from muxserve.engine.cpu.errors import JobError, UnallocatedBlockError
 from muxserve.engine.cpu.library import ABSENT, NO_BLOCK, NO_TOKEN, NOT_FINITE, PARTS, SAMPLING, Job
 from muxserve.engine.cpu.model import NativeModel
-from muxserve.engine.messages import DecodeJob, PrefillJob, Sampling, Step, TokenLogprobs
+from muxserve.engine.messages import DecodeJob, PrefillJob, Sampling, Shares, Step, TokenLogprobs
+from muxserve.engine.shares import split_cores
 
 Array = NDArray[Any]
 
@@ -26,12 +27,15 @@ class NativeJob:
     """Memory of one job, in and out; must live until the library has ended it.
 
     rows are those of the message. `collect` gives the steps that have come since it was last called.
+    cores: all there are, for this job and one of the other kind.
     """
 
-    def __init__(self, message: PrefillJob | DecodeJob, model: NativeModel) -> None:
+    def __init__(self, message: PrefillJob | DecodeJob, model: NativeModel, cores: int) -> None:
         self.number = message.job
         self.model = message.model
         self._native_model = model
+        self._cores = cores
+        self._kind = 0 if isinstance(message, PrefillJob) else 1
         if isinstance(message, PrefillJob):
             rows = [(c.slot, c.start, c.end, c.limit) for c in message.chunks]
             wanted = [c.sampling for c in message.chunks]
@@ -67,7 +71,7 @@ class NativeJob:
             finished=self._finished.ctypes.data,
             logprob=self._logprob.ctypes.data,
             logprob_ids=self._logprob_ids.ctypes.data,
-            threads=message.threads,
+            threads=self._threads(message.shares),
         )
 
     @property
@@ -106,9 +110,9 @@ class NativeJob:
         """End after the step that runs."""
         self.struct.stop = 1
 
-    def use_threads(self, threads: int) -> None:
-        """From the next step on."""
-        self.struct.threads = threads
+    def use_shares(self, shares: Shares) -> None:
+        """From the next step (decode) or layer (prefill) on."""
+        self.struct.threads = self._threads(shares)
 
     def collect(self) -> list[Step]:
         """Steps that were computed since the last call."""
@@ -116,6 +120,9 @@ class NativeJob:
         steps = [self._step(i) for i in range(self._collected, done)]
         self._collected = done
         return [step for step in steps if step is not None]
+
+    def _threads(self, shares: Shares) -> int:
+        return split_cores(self._cores, shares.prefill, shares.decode)[self._kind] or self._cores
 
     def _step(self, index: int) -> Step | None:
         finished = self._finished[index]

@@ -18,7 +18,7 @@ from muxserve.engine.weights import map_weights
 
 
 class CpuRunner:
-    """Runs jobs of any of its models, one at a time; `attach` comes first.
+    """A `Runner` of one job at a time: its process is for one kind.
 
     A job runs on threads of the library's own: `start` returns at once, and `fileno` becomes readable when
     there is something to collect. cores: most threads that a job can use.
@@ -31,6 +31,7 @@ class CpuRunner:
         self._library = load(variant)
         self._engine = self._library.muxserve_engine_new(cores)
         self._event = self._library.muxserve_engine_event(self._engine)
+        self._cores = cores
         self._models: dict[str, NativeModel] = {}
         self._arena: SharedArena | None = None
 
@@ -49,17 +50,18 @@ class CpuRunner:
         with suppress(BlockingIOError):
             os.eventfd_read(self._event)
 
-    def attach(self, descriptor: AttachArena, fd: int) -> None:
-        """Map the arena; closes `fd`. Raises ArenaError."""
+    def attach(self, command: AttachArena, descriptors: list[int]) -> None:
+        """Map the arena. Raises ArenaError."""
+        (arena,) = descriptors
         try:
-            self._arena = SharedArena.attach(fd, descriptor)
+            self._arena = SharedArena.attach(arena, command)
         finally:
-            os.close(fd)
+            os.close(arena)
 
-    def add(self, command: AddModel, *, weights_fd: int, tables_fd: int) -> None:
-        """Map a model; closes both descriptors. A model of that name that is there is replaced. Raises
-        ValueError, KeyError if it cannot be run."""
+    def add(self, command: AddModel, descriptors: list[int]) -> None:
+        """Map a model, of which the weights come first. Raises ValueError, KeyError if it cannot be run."""
         assert self._arena is not None
+        weights_fd, tables_fd = descriptors
         try:
             weights = map_weights(weights_fd, command.weights)
             tables = TableViews.attach(tables_fd, command.layout, command.slots, command.context)
@@ -76,7 +78,7 @@ class CpuRunner:
 
     def start(self, message: PrefillJob | DecodeJob) -> NativeJob:
         """Start a job; the one before it has ended. Raises KeyError for an unknown model."""
-        job = NativeJob(message, self._models[message.model])
+        job = NativeJob(message, self._models[message.model], self._cores)
         self._library.muxserve_engine_submit(self._engine, ctypes.byref(job.struct))
         return job
 
