@@ -108,9 +108,9 @@ class Reference:
             max_context=max(end for _, _, end in pieces),
         )
         kv_heads = self._cache.layout.kv_heads
-        query, key, value = qkv.split([self._heads, kv_heads, kv_heads], dim=1)
+        assert qkv.shape[1] == self._heads + 2 * kv_heads
         kernels = ReferenceKernels()
-        kernels.write(self._cache, layer, batch, key, value)
+        query = kernels.write(self._cache, layer, batch, qkv, self._heads, None, None)
         return kernels.attend(self._cache, layer, batch, query, *self._how)
 
 

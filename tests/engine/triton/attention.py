@@ -7,6 +7,7 @@ from torch import Tensor
 
 from muxserve.engine.kernels.interface import KVCache, RaggedBatch
 from muxserve.engine.kernels.triton.kernels import TritonKernels
+from muxserve.engine.kernels.triton.scratch import Scratch
 
 Piece = tuple[int, int, int]
 
@@ -48,7 +49,7 @@ class TritonAttention:
 
     def __call__(self, layer: int, pieces: list[Piece], qkv: Tensor) -> Tensor:
         kv_heads = self.cache.layout.kv_heads
-        query, key, value = qkv.to(self._device).split([self._heads, kv_heads, kv_heads], dim=1)
-        batch, kernels = ragged(pieces, self._device), TritonKernels()
-        kernels.write(self.cache, layer, batch, key, value)
+        assert qkv.shape[1] == self._heads + 2 * kv_heads
+        batch, kernels = ragged(pieces, self._device), TritonKernels(Scratch(self._device))
+        query = kernels.write(self.cache, layer, batch, qkv.to(self._device), self._heads, None, None)
         return kernels.attend(self.cache, layer, batch, query, *self._how).cpu()

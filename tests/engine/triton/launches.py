@@ -13,14 +13,15 @@ from tests.engine.triton.compiling import Compiled, compiling  # first: it settl
 # isort: split
 import torch
 
-from muxserve.engine.kernels.interface import KVCache
+from muxserve.engine.kernels.interface import KVCache, Norm, QKNorm
 from muxserve.engine.kernels.triton import tuning
+from muxserve.engine.kernels.triton.angles import angles
 from muxserve.engine.kernels.triton.decode import decode_attention
 from muxserve.engine.kernels.triton.gates import gate_mul
 from muxserve.engine.kernels.triton.norms import add_rms_norm, rms_norm
 from muxserve.engine.kernels.triton.prefill import prefill_attention
 from muxserve.engine.kernels.triton.sample import sample
-from muxserve.engine.kernels.triton.write import QKNorm, write_qkv
+from muxserve.engine.kernels.triton.write import write_qkv
 from muxserve.engine.messages import Sampling
 from muxserve.engine.sampler import SamplingBatch
 from muxserve.engine.spec import KVLayout
@@ -53,8 +54,9 @@ def the_others() -> list[Compiled]:
     x, weight = torch.zeros(ROWS, 4096, dtype=torch.bfloat16), torch.zeros(4096)
     with compiling() as found:
         sample(torch.zeros(ROWS, 128_256), batch, positions, tokens)
-        rms_norm(x, weight, 1e-5, late=False)
-        add_rms_norm(x, x, weight, 1e-5, late=True, before=weight)
+        angles(positions, torch.zeros(64), 1.0, torch.bfloat16)
+        rms_norm(x, Norm(weight, 1e-5, late=False))
+        add_rms_norm(x, x, Norm(weight, 1e-5, late=True), Norm(weight, 1e-5, late=True))
         gate_mul(x, "silu")
         gate_mul(x, "gelu_tanh")
     return found

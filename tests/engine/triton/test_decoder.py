@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from muxserve.engine.checkpoint import Checkpoint, fill, open_checkpoint
-from muxserve.engine.kernels.interface import AttentionKernels, KVCache
+from muxserve.engine.kernels.interface import Kernels, KVCache
 from muxserve.engine.kernels.reference import ReferenceKernels
 from muxserve.engine.kernels.triton.kernels import TritonKernels
+from muxserve.engine.kernels.triton.scratch import Scratch
 from muxserve.engine.models.decoder import Decoder
 from muxserve.engine.weights import map_tensors, weights_memfd
 from tests.engine.greedy import make_cache
@@ -31,9 +32,7 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
         os.close(fd)
 
 
-def logits_of(
-    checkpoint: Checkpoint, weights: dict[str, Tensor], kernels: AttentionKernels, cache: KVCache
-) -> Tensor:
+def logits_of(checkpoint: Checkpoint, weights: dict[str, Tensor], kernels: Kernels, cache: KVCache) -> Tensor:
     """Logits of every step of greedy decoding, `[STEPS, prompts, vocab]`, prompts prefilled in chunks."""
     decoder = Decoder(checkpoint.spec, weights, kernels)
     device = cache.table.device
@@ -66,6 +65,6 @@ def test_families(
     weights = load_weights(checkpoint)
     want = logits_of(checkpoint, weights, ReferenceKernels(), moved(cache, torch.device("cpu")))
     there = {name: tensor.to(device) for name, tensor in weights.items()}
-    got = logits_of(checkpoint, there, TritonKernels(), moved(cache, device))
+    got = logits_of(checkpoint, there, TritonKernels(Scratch(device)), moved(cache, device))
     assert torch.equal(got.argmax(-1), want.argmax(-1))
     assert (got - want).abs().max() < 1e-3 * want.abs().max()

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from muxserve.engine.kernels.interface import Norm
+from muxserve.engine.kernels.reference import ReferenceKernels
+from muxserve.engine.kernels.triton.angles import angles
 from muxserve.engine.kernels.triton.gates import gate_mul
 from muxserve.engine.kernels.triton.norms import add_rms_norm, rms_norm
-from muxserve.engine.models.norm import RMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ULP = {torch.float32: 2**-21, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -40,20 +42,21 @@ def test_norms_with_and_without_a_residual(
     x = wide[:, :size]  # rows further apart than they are long
     residual = stream[:, :size]
     weight, before = 0.5 + torch.rand(2, size, generator=generator)
-    norm = RMSNorm(weight, 1e-5, dtype, late=late)
-    how = (weight.to(device), 1e-5)
-    assert_close(rms_norm(x.to(device), *how, late=late), norm(x))
+    norm, there = Norm(weight, 1e-5, late), Norm(weight.to(device), 1e-5, late)
+    reference = ReferenceKernels()
+    assert_close(rms_norm(x.to(device), there), reference.norm(x, norm))
 
     total = residual.to(device, copy=True)
-    got = add_rms_norm(x.to(device), total, *how, late=late)
+    got = add_rms_norm(x.to(device), total, there)
     assert torch.equal(total.cpu(), residual + x)
-    assert_close(got, norm(residual + x))
+    assert_close(got, reference.norm(residual + x, norm))
 
     total = residual.to(device, copy=True)
-    got = add_rms_norm(x.to(device), total, *how, late=late, before=before.to(device))
-    want = residual + RMSNorm(before, 1e-5, dtype, late=late)(x)
+    got = add_rms_norm(x.to(device), total, there, Norm(before.to(device), 1e-5, late))
+    want = residual.clone()
+    normed = reference.add_norm(x, want, norm, Norm(before, 1e-5, late))
     assert_close(total, want)
-    assert_close(got, norm(want))
+    assert_close(got, normed)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -69,8 +72,17 @@ def test_gates(
     assert_close(gate_mul(gate_up.to(device), activation), want, size=gate * up)
 
 
+@pytest.mark.parametrize("half", [32, 40, 1])
+def test_angles(device: torch.device, dtype: torch.dtype, half: int) -> None:
+    positions = torch.tensor([0, 1, 77, 4095, 131_071, -1])
+    frequencies = 10_000.0 ** (-torch.arange(half) / half)
+    found = angles(positions.to(device), frequencies.to(device), 1.2, dtype)
+    for got, want in zip(found, ReferenceKernels().angles(positions, frequencies, 1.2, dtype), strict=True):
+        assert_close(got, want)
+
+
 def test_no_rows_are_no_launch(device: torch.device) -> None:
     nothing = torch.empty(0, 64, device=device)
-    weight = torch.ones(64, device=device)
-    assert rms_norm(nothing, weight, 1e-5, late=False).shape == (0, 64)
+    norm = Norm(torch.ones(64, device=device), 1e-5, late=False)
+    assert rms_norm(nothing, norm).shape == (0, 64)
     assert gate_mul(nothing, "silu").shape == (0, 32)

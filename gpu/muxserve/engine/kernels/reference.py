@@ -1,21 +1,88 @@
-"""`ReferenceKernels`: attention over blocks in plain torch, the yardstick of every other implementation.
+"""`ReferenceKernels`: every operation in plain torch, the yardstick of every other implementation.
 
 One token, one head at a time where that is clearest; nothing here is meant to be fast. Any device, any dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from muxserve.engine.kernels.interface import KVCache, RaggedBatch
+from muxserve.engine.kernels.interface import Angles, KVCache, Norm, QKNorm, RaggedBatch
 
 
 class ReferenceKernels:
-    """Implements `AttentionKernels`: copies a sequence's KV out of its blocks and spells the formula out."""
+    """Implements `Kernels`. Attention copies a sequence's KV out of its blocks and spells the formula out."""
 
-    def write(self, cache: KVCache, layer: int, batch: RaggedBatch, key: Tensor, value: Tensor) -> None:
-        """See `AttentionKernels.write`."""
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+
+    def frame(self) -> AbstractContextManager[object]:
+        """See `Kernels.frame`."""
+        return nullcontext()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Kernels.empty`."""
+        return torch.empty(*shape, dtype=dtype, device=self._device)
+
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """See `Kernels.embed`."""
+        return F.embedding(tokens, table)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """See `Kernels.linear`."""
+        result = F.linear(x, weight, bias)
+        return result if out is None else out.copy_(result)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """See `Kernels.norm`."""
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + norm.eps)
+        return (y * norm.weight).to(x.dtype) if norm.late else y.to(x.dtype) * norm.weight.to(x.dtype)
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: Norm, before: Norm | None) -> Tensor:
+        """See `Kernels.add_norm`."""
+        residual += x if before is None else self.norm(x, before)
+        return self.norm(residual, norm)
+
+    def angles(
+        self, positions: Tensor, frequencies: Tensor, attention_factor: float, dtype: torch.dtype
+    ) -> Angles:
+        """See `Kernels.angles`."""
+        angle = positions.float()[:, None] * frequencies
+        cos, sin = angle.cos() * attention_factor, angle.sin() * attention_factor
+        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+
+    def write(
+        self,
+        cache: KVCache,
+        layer: int,
+        batch: RaggedBatch,
+        qkv: Tensor,
+        heads: int,
+        angles: Angles | None,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        """See `Kernels.write`."""
+        both = heads + cache.layout.kv_heads
+        qk, value = qkv[:, :both], qkv[:, both:]
+        if norm is not None:
+            rows = torch.cat([norm.query.expand(heads, -1), norm.key.expand(both - heads, -1)])
+            qk = self.norm(qk, Norm(rows, norm.eps, norm.late))
+        if angles is not None:
+            qk = rotate(qk, *angles)
+        self.store(cache, layer, batch, qk[:, heads:], value)
+        return qk[:, :heads]
+
+    def store(self, cache: KVCache, layer: int, batch: RaggedBatch, key: Tensor, value: Tensor) -> None:
+        """Keys, ready, and values, both `[N, kv_heads, head_dim]`, at the batch's positions."""
         tokens_per_block = cache.layout.tokens_per_block
         for n in range(key.shape[0]):
             span, offset = divmod(int(batch.positions[n]), tokens_per_block)
@@ -33,7 +100,7 @@ class ReferenceKernels:
         window: int | None,
         soft_cap: float | None,
     ) -> Tensor:
-        """See `AttentionKernels.attend`."""
+        """See `Kernels.attend`."""
         out = torch.empty_like(query)
         group = query.shape[1] // cache.layout.kv_heads
         for s in range(batch.slots.shape[0]):
@@ -52,6 +119,24 @@ class ReferenceKernels:
                     scores = soft_cap * torch.tanh(scores / soft_cap)
                 out[n] = torch.einsum("hj,hjd->hd", scores.softmax(-1), seen_values).to(out.dtype)
         return out
+
+    def gate(self, gate_up: Tensor, activation: Literal["silu", "gelu_tanh"]) -> Tensor:
+        """See `Kernels.gate`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the leading `2 * cos.shape[-1]` dimensions of `heads` `[N, heads, head_dim]`; a new tensor."""
+    half = cos.shape[-1]
+    out = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    first, second = heads[..., :half], heads[..., half : 2 * half]
+    # Products round to the model's dtype before the sum does, as in transformers.
+    torch.sub(first * cos, second * sin, out=out[..., :half])
+    torch.add(second * cos, first * sin, out=out[..., half : 2 * half])
+    if 2 * half < heads.shape[-1]:
+        out[..., 2 * half :] = heads[..., 2 * half :]
+    return out
 
 
 def contiguous_kv(cache: KVCache, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:

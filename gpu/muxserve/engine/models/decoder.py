@@ -2,67 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from muxserve.engine.kernels.interface import AttentionKernels, KVCache, RaggedBatch
-from muxserve.engine.models.norm import RMSNorm
-from muxserve.engine.models.rope import Rope, rotate
+from muxserve.engine.kernels.interface import Angles, Kernels, KVCache, Norm, QKNorm, RaggedBatch
 from muxserve.engine.spec import ModelSpec
 
-Angles = list[tuple[Tensor, Tensor]]
+Reduce = Callable[[Tensor], None]
+"""Adds up, in place, what the ranks of a tensor parallel group have each computed a part of."""
+Gather = Callable[[Tensor], Tensor]
+"""Puts the ranks' columns `[N, part]` side by side, `[N, whole]`."""
 
 
 class Decoder:
     """Weights and the forward pass; holds no state of any sequence. Not bound to a thread.
 
-    weights: canonical tensors (see `muxserve.engine.checkpoint.canonical`), used in place.
-    Raises KeyError if one is missing.
+    weights: canonical tensors (see `muxserve.engine.checkpoint.canonical`), used in place; with `reduce` and
+    `gather`, this rank's parts of them. Raises KeyError if one is missing.
     """
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], kernels: AttentionKernels) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        kernels: Kernels,
+        reduce: Reduce | None = None,
+        gather: Gather | None = None,
+    ) -> None:
         self.spec = spec
+        self._kernels = kernels
+        self._gather = gather
         self._embed = weights["embed"]
         self._head = self._embed if spec.tie_embeddings else weights["lm_head"]
-        self._ropes = [Rope(rope, self._embed.device) for rope in spec.ropes]
-        self._layers = [_Layer(spec, index, weights, kernels) for index in range(len(spec.layers))]
+        device = self._embed.device
+        self._ropes = [
+            (
+                torch.tensor(rope.inverse_frequencies, dtype=torch.float32, device=device),
+                rope.attention_factor,
+            )
+            for rope in spec.ropes
+        ]
+        self._layers = [_Layer(spec, index, weights, kernels, reduce) for index in range(len(spec.layers))]
         self._norm = _norm(spec, weights["final_norm"])
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, batch: RaggedBatch, cache: KVCache) -> Tensor:
-        """Write the tokens' KV to `cache` and return their hidden states.
+        """Write the tokens' KV to `cache` and return their hidden states, `[N, hidden]`, after the last norm.
 
-        tokens: int64 `[N]`, in the order of `batch`, whose blocks must be allocated. Returns `[N, hidden]`
-        before the final norm, so that `logits` pays for it only where a token is sampled.
+        tokens: int64 `[N]`, in the order of `batch`, whose blocks must be allocated.
         """
-        hidden = F.embedding(tokens, self._embed)
+        kernels = self._kernels
+        residual = kernels.embed(tokens, self._embed)
         if self.spec.embedding_scale != 1.0:
-            hidden = hidden * self.spec.embedding_scale
-        angles = [rope.angles(batch.positions, hidden.dtype) for rope in self._ropes]
-        for layer in self._layers:
-            hidden = layer.forward(hidden, angles, batch, cache)
-        return hidden
+            residual *= self.spec.embedding_scale
+        dtype = residual.dtype
+        angles = [kernels.angles(batch.positions, *rope, dtype) for rope in self._ropes]
+        # What a layer adds to the residual stream is added by the norm that follows it.
+        added, before = kernels.empty(residual.shape, dtype), None
+        for index, layer in enumerate(self._layers):
+            with kernels.frame():
+                norm = layer.input_norm
+                x = kernels.add_norm(added, residual, norm, before) if index else kernels.norm(residual, norm)
+                layer.attend(x, angles, batch, cache, added)
+                x = kernels.add_norm(added, residual, layer.mlp_norm, layer.attention_out_norm)
+                layer.multiply(x, added)
+            before = layer.mlp_out_norm
+        return kernels.add_norm(added, residual, self._norm, before)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 `[rows, vocab]` of `hidden` `[rows, hidden]`, rows of what `forward` returned."""
-        logits = F.linear(self._norm(hidden), self._head)
-        cap = self.spec.final_soft_cap
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits.float()
+        logits = self._kernels.linear(hidden, self._head)
+        if self._gather is not None:
+            logits = self._gather(logits)
+        if (cap := self.spec.final_soft_cap) is not None:
+            logits = logits.div_(cap).tanh_().mul_(cap)
+        if logits.dtype == torch.float32:
+            return logits
+        return self._kernels.empty(logits.shape, torch.float32).copy_(logits)
 
 
 class _Layer:
-    """Attention and gated MLP, each behind a norm, and for Gemma each before one too."""
+    """Attention and gated MLP. The norms around them are applied by the decoder."""
 
     def __init__(
-        self, spec: ModelSpec, index: int, weights: dict[str, Tensor], kernels: AttentionKernels
+        self,
+        spec: ModelSpec,
+        index: int,
+        weights: Mapping[str, Tensor],
+        kernels: Kernels,
+        reduce: Reduce | None,
     ) -> None:
         self._spec = spec
         self._index = index
         self._kernels = kernels
+        self._reduce = reduce
         self._window = spec.layers[index].window
         self._rope = spec.layers[index].rope
         of = f"layers.{index}."
@@ -70,45 +106,42 @@ class _Layer:
         self._o, self._o_bias = weights[of + "o"], weights.get(of + "o_bias")
         self._gate_up, self._gate_up_bias = weights[of + "gate_up"], weights.get(of + "gate_up_bias")
         self._down, self._down_bias = weights[of + "down"], weights.get(of + "down_bias")
-        self._input_norm = _norm(spec, weights[of + "input_norm"])
-        self._mlp_norm = _norm(spec, weights[of + "mlp_norm"])
-        self._attention_out_norm = self._mlp_out_norm = self._qk_norm = None
+        self.input_norm = _norm(spec, weights[of + "input_norm"])
+        self.mlp_norm = _norm(spec, weights[of + "mlp_norm"])
+        self.attention_out_norm = self.mlp_out_norm = self._qk_norm = None
         if spec.post_norms:
-            self._attention_out_norm = _norm(spec, weights[of + "attention_out_norm"])
-            self._mlp_out_norm = _norm(spec, weights[of + "mlp_out_norm"])
+            self.attention_out_norm = _norm(spec, weights[of + "attention_out_norm"])
+            self.mlp_out_norm = _norm(spec, weights[of + "mlp_out_norm"])
         if spec.qk_norm:
-            # One norm over the heads of Q and K together: a row of weights for each head.
             q, k = weights[of + "q_norm"], weights[of + "k_norm"]
-            rows = [q.expand(spec.heads, -1), k.expand(spec.kv_heads, -1)]
-            self._qk_norm = _norm(spec, torch.cat(rows))
+            self._qk_norm = QKNorm(q, k, spec.rms_eps, spec.post_norms)
 
-    def forward(self, hidden: Tensor, angles: Angles, batch: RaggedBatch, cache: KVCache) -> Tensor:
-        """`[N, hidden]` → the same."""
-        out = self._attention(self._input_norm(hidden), angles, batch, cache)
-        hidden = hidden + (out if self._attention_out_norm is None else self._attention_out_norm(out))
-        out = self._mlp(self._mlp_norm(hidden))
-        return hidden + (out if self._mlp_out_norm is None else self._mlp_out_norm(out))
+    def attend(
+        self, x: Tensor, angles: list[Angles], batch: RaggedBatch, cache: KVCache, out: Tensor
+    ) -> None:
+        """`[N, hidden]` → `out`, the same."""
+        spec, kernels = self._spec, self._kernels
+        qkv = kernels.linear(x, self._qkv, self._qkv_bias).view(len(x), -1, spec.head_dim)
+        turned = None if self._rope is None else angles[self._rope]
+        query = kernels.write(cache, self._index, batch, qkv, spec.heads, turned, self._qk_norm)
+        how = (spec.attention_scale, self._window, spec.attention_soft_cap)
+        seen = kernels.attend(cache, self._index, batch, query, *how)
+        self._project(seen.view(len(x), -1), self._o, self._o_bias, out)
 
-    def _attention(self, x: Tensor, angles: Angles, batch: RaggedBatch, cache: KVCache) -> Tensor:
-        spec = self._spec
-        qkv = F.linear(x, self._qkv, self._qkv_bias).view(len(x), -1, spec.head_dim)
-        qk, value = qkv[:, : spec.heads + spec.kv_heads], qkv[:, spec.heads + spec.kv_heads :]
-        if self._qk_norm is not None:
-            qk = self._qk_norm(qk)
-        if self._rope is not None:
-            qk = rotate(qk, *angles[self._rope])
-        query, key = qk[:, : spec.heads], qk[:, spec.heads :]
-        self._kernels.write(cache, self._index, batch, key, value)
-        out = self._kernels.attend(
-            cache, self._index, batch, query, spec.attention_scale, self._window, spec.attention_soft_cap
-        )
-        return F.linear(out.reshape(len(x), -1), self._o, self._o_bias)
+    def multiply(self, x: Tensor, out: Tensor) -> None:
+        """The MLP: `[N, hidden]` → `out`, the same."""
+        gate_up = self._kernels.linear(x, self._gate_up, self._gate_up_bias)
+        gated = self._kernels.gate(gate_up, self._spec.activation)
+        self._project(gated, self._down, self._down_bias, out)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self._gate_up, self._gate_up_bias).chunk(2, dim=-1)
-        gate = F.silu(gate) if self._spec.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return F.linear(gate * up, self._down, self._down_bias)
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if self._reduce is None:
+            self._kernels.linear(x, weight, bias, out)
+            return
+        self._reduce(self._kernels.linear(x, weight, None, out))
+        if bias is not None:
+            out += bias
 
 
-def _norm(spec: ModelSpec, weight: Tensor) -> RMSNorm:
-    return RMSNorm(weight, spec.rms_eps, getattr(torch, spec.dtype), late=spec.post_norms)
+def _norm(spec: ModelSpec, weight: Tensor) -> Norm:
+    return Norm(weight, spec.rms_eps, spec.post_norms)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from muxserve.engine.kernels.interface import KVCache
 from muxserve.engine.kernels.triton.language import (
+    New,
     exponents,
     jit,
     key_rows,
@@ -31,6 +32,7 @@ def decode_attention(
     *,
     longest: int,
     launch: DecodeLaunch | None = None,
+    new: New = torch.empty,
 ) -> Tensor:
     """Attention of each sequence's last token over its KV; formula and meaning as `AttentionKernels.attend`.
 
@@ -41,7 +43,7 @@ def decode_attention(
     the like of `query`.
     """
     count, heads, dim = query.shape
-    out = torch.empty_like(query)
+    out = new(query.shape, dtype=query.dtype, device=query.device)
     if not count:
         return out
     kv_heads, table = cache.layout.kv_heads, cache.table[layer]
@@ -50,8 +52,8 @@ def decode_attention(
     parts = splits(query.device, launch, count * kv_heads, longest)
     partial, sums = out, out
     if parts > 1:
-        partial = torch.empty((count, heads, parts, dim), dtype=torch.float32, device=query.device)
-        sums = torch.empty((count, heads, parts), dtype=torch.float32, device=query.device)
+        partial = new((count, heads, parts, dim), dtype=torch.float32, device=query.device)
+        sums = new((count, heads, parts), dtype=torch.float32, device=query.device)
     cut = {
         "SPLITS": parts,
         "KEYS": launch.keys,

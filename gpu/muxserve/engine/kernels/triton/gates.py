@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from muxserve.engine.kernels.triton.language import jit, tl
+from muxserve.engine.kernels.triton.language import New, jit, tl
 from muxserve.engine.kernels.triton.tuning import GATE
 
 
-def gate_mul(gate_up: Tensor, activation: Literal["silu", "gelu_tanh"]) -> Tensor:
+def gate_mul(gate_up: Tensor, activation: Literal["silu", "gelu_tanh"], *, new: New = torch.empty) -> Tensor:
     """`activation(gate) * up` of `[N, 2 * size]`, gate first, rows contiguous: a new `[N, size]`. The
     activation is rounded to the dtype before the product is."""
     count, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((count, size), dtype=gate_up.dtype, device=gate_up.device)
+    out = new((count, size), dtype=gate_up.dtype, device=gate_up.device)
     if count:
         _gate_mul[count, -(-size // GATE.block)](
             gate_up,

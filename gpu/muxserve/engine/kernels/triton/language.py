@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING or importlib.util.find_spec("triton"):
     import triton
@@ -22,9 +25,16 @@ if TYPE_CHECKING or importlib.util.find_spec("triton"):
 else:
     triton, tl = None, None
 
-__all__ = ["exponents", "jit", "key_rows", "next_power_of_2", "precision", "tanh", "tl"]
+__all__ = ["New", "exponents", "jit", "key_rows", "next_power_of_2", "precision", "tanh", "tl"]
 
 _LOG2_E = 1.4426950408889634
+
+
+class New(Protocol):
+    """Where a launch takes memory from, for its result and for what it needs meanwhile: `torch.empty`, unless
+    the caller has better."""
+
+    def __call__(self, shape: tuple[int, ...], /, *, dtype: torch.dtype, device: torch.device) -> Tensor: ...
 
 
 class _Missing:

@@ -1,4 +1,4 @@
-"""RMSNorm of a residual stream, in one pass with the additions around it. Rounds where `models.norm` does."""
+"""RMSNorm of a residual stream, in one pass with the additions around it. Rounds as `Norm` says."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
@@ -6,48 +6,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from muxserve.engine.kernels.triton.language import jit, tl
+from muxserve.engine.kernels.interface import Norm
+from muxserve.engine.kernels.triton.language import New, jit, tl
 from muxserve.engine.kernels.triton.tuning import norm_launch
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, late: bool) -> Tensor:
-    """`RMSNorm` of `x` `[N, size]`, contiguous rows; a new tensor. weight: float32 `[size]`."""
-    return _launch(x, None, None, weight, eps, late)
+def rms_norm(x: Tensor, norm: Norm, *, new: New = torch.empty) -> Tensor:
+    """Norm of `x` `[N, size]`, contiguous rows; a new tensor."""
+    return _launch(x, None, norm, None, new)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, late: bool, before: Tensor | None = None
+    x: Tensor, residual: Tensor, norm: Norm, before: Norm | None = None, *, new: New = torch.empty
 ) -> Tensor:
     """Add `x` `[N, size]` to `residual`, in place, and return its norm, a new tensor.
 
-    before: float32 `[size]`, the weights of a norm that `x` goes through before it is added (Gemma). Both are
-    of one dtype, their rows contiguous.
+    before: a norm that `x` goes through before it is added (Gemma); it differs from `norm` in its weights
+    alone. Both are of one dtype, their rows contiguous.
     """
-    return _launch(x, residual, before, weight, eps, late)
+    return _launch(x, residual, norm, before, new)
 
 
-def _launch(
-    x: Tensor, residual: Tensor | None, before: Tensor | None, weight: Tensor, eps: float, late: bool
-) -> Tensor:
+def _launch(x: Tensor, residual: Tensor | None, norm: Norm, before: Norm | None, new: New) -> Tensor:
     count, size = x.shape
-    out = torch.empty((count, size), dtype=x.dtype, device=x.device)
+    out = new((count, size), dtype=x.dtype, device=x.device)
     if not count:
         return out
     launch = norm_launch(size)
     _rms_norm[count,](
         x,
         x if residual is None else residual,
-        weight if before is None else before,
-        weight,
+        norm.weight if before is None else before.weight,
+        norm.weight,
         out,
-        eps,
+        norm.eps,
         x.stride(0),
         0 if residual is None else residual.stride(0),
         SIZE=size,
         BLOCK=launch.block,
         ADD=residual is not None,
         BEFORE=before is not None,
-        LATE=late,
+        LATE=norm.late,
         num_warps=launch.warps,
     )
     return out

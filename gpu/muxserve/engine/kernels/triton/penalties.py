@@ -6,12 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from muxserve.engine.kernels.triton.language import jit, tl
+from muxserve.engine.kernels.triton.language import New, jit, tl
 from muxserve.engine.kernels.triton.tuning import SAMPLE
 from muxserve.engine.sampler import SamplingBatch
 
 
-def penalise(logits: Tensor, batch: SamplingBatch, positions: Tensor, tokens: Tensor) -> Tensor:
+def penalise(
+    logits: Tensor, batch: SamplingBatch, positions: Tensor, tokens: Tensor, *, new: New = torch.empty
+) -> Tensor:
     """`logits`, float32 `[R, V]`, with every row's penalties applied: a new tensor of the same bits as
     `engine.sampler` makes.
 
@@ -19,8 +21,8 @@ def penalise(logits: Tensor, batch: SamplingBatch, positions: Tensor, tokens: Te
     int32 `[R, V]` for the counts beside the result.
     """
     rows, vocabulary = logits.shape
-    scores = torch.empty_like(logits)
-    counts = torch.zeros((rows, vocabulary), dtype=torch.int32, device=logits.device)
+    scores = new(logits.shape, dtype=logits.dtype, device=logits.device)
+    counts = new((rows, vocabulary), dtype=torch.int32, device=logits.device).zero_()
     block, warps = SAMPLE.block, SAMPLE.warps
     _count[rows, -(-tokens.shape[1] // block)](
         counts,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from muxserve.engine.kernels.interface import KVCache
 from muxserve.engine.kernels.triton.language import (
+    New,
     exponents,
     jit,
     key_rows,
@@ -31,6 +32,7 @@ def prefill_attention(
     soft_cap: float | None,
     *,
     launch: PrefillLaunch | None = None,
+    new: New = torch.empty,
 ) -> Tensor:
     """Causal attention of chunks of prompts over what came before them and themselves; formula and meaning as
     `AttentionKernels.attend`.
@@ -41,7 +43,7 @@ def prefill_attention(
     that a graph can capture it. Returns the like of `query`.
     """
     count, heads, dim = query.shape
-    out = torch.empty_like(query)
+    out = new(query.shape, dtype=query.dtype, device=query.device)
     sequences = slots.shape[0]
     if not count or not sequences:
         return out

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from muxserve.engine.kernels.triton.draw import draw_by_id, draw_ranked, uniform_of, weight_at
-from muxserve.engine.kernels.triton.language import jit, next_power_of_2, tl
+from muxserve.engine.kernels.triton.language import New, jit, next_power_of_2, tl
 from muxserve.engine.kernels.triton.penalties import penalise
 from muxserve.engine.kernels.triton.tuning import SAMPLE
 from muxserve.engine.messages import LENGTH, STOP, UNFINISHED
@@ -42,7 +42,9 @@ class DeviceLogprobs:
     top: Tensor
 
 
-def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor, tokens: Tensor) -> DeviceSampled:
+def sample(
+    logits: Tensor, batch: SamplingBatch, positions: Tensor, tokens: Tensor, *, new: New = torch.empty
+) -> DeviceSampled:
     """Choose the token at `positions[r]` for each row r. Arguments as of `engine.sampler.sample`.
 
     Of `batch`, the host looks only at whether any row is random and any penalised, so that a graph that
@@ -50,18 +52,16 @@ def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor, tokens: Tens
     """
     rows, vocabulary = logits.shape
     device = logits.device
-    scores = penalise(logits, batch, positions, tokens) if batch.penalised.numel() else logits
-    best = torch.empty(rows, dtype=torch.float32, device=device)
-    first = torch.empty(rows, dtype=torch.int32, device=device)
-    count = torch.empty(rows, dtype=torch.int32, device=device)
-    mass = torch.empty((rows, 2), dtype=torch.float64, device=device)
-    candidates = torch.empty(
-        (rows, vocabulary) if batch.random else (1, 1), dtype=torch.float32, device=device
-    )
+    scores = penalise(logits, batch, positions, tokens, new=new) if batch.penalised.numel() else logits
+    best = new((rows,), dtype=torch.float32, device=device)
+    first = new((rows,), dtype=torch.int32, device=device)
+    count = new((rows,), dtype=torch.int32, device=device)
+    mass = new((rows, 2), dtype=torch.float64, device=device)
+    candidates = new((rows, vocabulary) if batch.random else (1, 1), dtype=torch.float32, device=device)
     found = DeviceSampled(
-        torch.empty(rows, dtype=torch.int64, device=device),
-        torch.empty(rows, dtype=torch.int8, device=device),
-        torch.empty(rows, dtype=torch.int8, device=device),
+        new((rows,), dtype=torch.int64, device=device),
+        new((rows,), dtype=torch.int8, device=device),
+        new((rows,), dtype=torch.int8, device=device),
     )
     weighed = (scores, candidates, best, first, count, mass, found.bad)
     how = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, scores.stride(0), vocabulary)

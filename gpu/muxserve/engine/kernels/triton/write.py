@@ -3,24 +3,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from muxserve.engine.kernels.interface import KVCache
-from muxserve.engine.kernels.triton.language import jit, next_power_of_2, tl
+from muxserve.engine.kernels.interface import Angles, KVCache, QKNorm
+from muxserve.engine.kernels.triton.language import New, jit, next_power_of_2, tl
 from muxserve.engine.kernels.triton.tuning import write_launch
-
-
-@dataclass(frozen=True, slots=True)
-class QKNorm:
-    """RMSNorm of every query and key head. query, key: float32 `[head_dim]`; late: as in `models.norm`."""
-
-    query: Tensor
-    key: Tensor
-    eps: float
-    late: bool
 
 
 def write_qkv(
@@ -30,20 +18,21 @@ def write_qkv(
     positions: Tensor,
     qkv: Tensor,
     heads: int,
-    angles: tuple[Tensor, Tensor] | None,
+    angles: Angles | None,
     norm: QKNorm | None = None,
+    *,
+    new: New = torch.empty,
 ) -> Tensor:
     """Normalise queries and keys, rotate them, and store keys and values in their blocks.
 
     qkv: `[N, heads + 2 * kv_heads, head_dim]`, its last two axes contiguous. slots, positions: int64 `[N]`;
-    a row whose position is negative is padding and stores nothing. angles: cos and sin as `models.rope.Rope`
-    makes them, `[N, 1, rotary_dim / 2]` of qkv's dtype; None = no rotation. Returns the queries, a new
-    `[N, heads, head_dim]`. Rounds where `models.norm` and `models.rope` do. A span without a block is not
+    a row whose position is negative is padding and stores nothing. angles: None = no rotation. Returns
+    the queries, a new `[N, heads, head_dim]`. Rounds as the reference does. A span without a block is not
     written.
     """
     layout = cache.layout
     count, rows, dim = qkv.shape
-    query = torch.empty((count, heads, dim), dtype=qkv.dtype, device=qkv.device)
+    query = new((count, heads, dim), dtype=qkv.dtype, device=qkv.device)
     if not count:
         return query
     cos, sin = angles if angles is not None else (qkv, qkv)
