@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from muxserve.engine.checkpoint.canonical import CanonicalTensor, canonical_tensors, manifest, manifest_bytes
+from muxserve.engine.checkpoint.canonical import CanonicalTensor, canonical_tensors, lay_out, manifest_bytes
 from muxserve.engine.checkpoint.errors import CheckpointError
 from muxserve.engine.messages import TensorEntry, WeightLayout
 from muxserve.engine.packing import PANEL, lanes, write_rows
@@ -61,13 +61,17 @@ class Piece:
 class Checkpoint:
     """A checkpoint whose headers were read and agree with its spec; tensor data is read on demand.
 
-    Raises CheckpointError from the constructor for a tensor that is missing or has the wrong shape.
+    tensors: None = those of the spec. Raises CheckpointError from the constructor for a tensor that is
+    missing or has the wrong shape.
     """
 
-    def __init__(self, spec: ModelSpec, source: TensorSource) -> None:
+    def __init__(
+        self, spec: ModelSpec, source: TensorSource, tensors: Iterable[CanonicalTensor] | None = None
+    ) -> None:
         self.spec = spec
-        self._source = source
-        self._tensors = {tensor.name: tensor for tensor in canonical_tensors(spec)}
+        self.source = source
+        wanted = canonical_tensors(spec) if tensors is None else tensors
+        self._tensors = {tensor.name: tensor for tensor in wanted}
         for tensor in self._tensors.values():
             self._check(tensor)
 
@@ -77,7 +81,7 @@ class Checkpoint:
 
     def manifest(self, layout: WeightLayout = "canonical") -> tuple[TensorEntry, ...]:
         """Name, dtype, shape and offset of every tensor. Reads no tensor data."""
-        return manifest(self.spec, layout)
+        return lay_out(self._tensors.values(), layout)
 
     def tensors(self, layout: WeightLayout = "canonical") -> Iterator[tuple[str, Array]]:
         """Every tensor in manifest order, each converted when it is asked for."""
@@ -103,23 +107,23 @@ class Checkpoint:
         else:
             width = PANEL // tensor.shared_panels
             for part, (count, _) in enumerate(tensor.parts):
-                name = self._source.names(tensor)[part]
-                rows = self._source.rows(name, piece.start * width, min(piece.stop * width, count))
+                name = self.source.names(tensor)[part]
+                rows = self.source.rows(name, piece.start * width, min(piece.stop * width, count))
                 write_rows(lanes(out, part, tensor.shared_panels), 0, rows, dtype)
         return out
 
     def _rows(self, tensor: CanonicalTensor, start: int, stop: int) -> Iterator[tuple[int, Array]]:
         """Rows `[start, stop)` of the joined tensor, part by part, each with its distance from `start`."""
         first = 0
-        for name, (count, *_) in zip(self._source.names(tensor), tensor.parts, strict=True):
+        for name, (count, *_) in zip(self.source.names(tensor), tensor.parts, strict=True):
             begin, end = max(start, first), min(stop, first + count)
             if begin < end:
-                yield begin - start, self._source.rows(name, begin - first, end - first)
+                yield begin - start, self.source.rows(name, begin - first, end - first)
             first += count
 
     def _check(self, tensor: CanonicalTensor) -> None:
-        for name, expected in zip(self._source.names(tensor), tensor.parts, strict=True):
-            shape = self._source.shape(name)
+        for name, expected in zip(self.source.names(tensor), tensor.parts, strict=True):
+            shape = self.source.shape(name)
             if shape is None:
                 raise CheckpointError(name, "the checkpoint has no such tensor")
             if shape != expected:

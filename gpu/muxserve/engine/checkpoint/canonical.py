@@ -27,7 +27,7 @@ and up in shared panels, each on pages of its own, and all else is float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from muxserve.engine.messages import TensorEntry, WeightLayout
@@ -117,11 +117,13 @@ def _layer(spec: ModelSpec, layer: int) -> Iterator[CanonicalTensor]:
         yield tensor("mlp_out_norm", (hidden,))
 
 
-def manifest(spec: ModelSpec, layout: WeightLayout = "canonical") -> tuple[TensorEntry, ...]:
-    """Where each tensor lies in the model's weight memory: follows from the spec alone."""
+def lay_out(
+    tensors: Iterable[CanonicalTensor], layout: WeightLayout = "canonical"
+) -> tuple[TensorEntry, ...]:
+    """Where each of these tensors lies in the model's weight memory."""
     entries = []
     offset = 0
-    for tensor in canonical_tensors(spec):
+    for tensor in tensors:
         dtype, shape, alignment = tensor.dtype, tensor.shape, ALIGNMENT
         if layout == "panels" and tensor.is_matrix:
             shape, alignment = tensor.packed_shape(), MATRIX_ALIGNMENT
