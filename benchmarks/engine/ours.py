@@ -34,6 +34,7 @@ from muxserve.engine.messages import (
     PrefillJob,
     Sampling,
     Step,
+    WeightLayout,
 )
 from muxserve.engine.pool import BlockPool
 from muxserve.engine.spec import ITEMSIZE, KVLayout, ModelSpec
@@ -41,9 +42,9 @@ from muxserve.engine.tables import SequenceTables
 from muxserve.engine.weights import weights_memfd
 from muxserve.scheduler.policy.interface import PolicyOptions
 from muxserve.worker.settings import WorkerSettings
-from muxserve.worker.weights import WEIGHT_LAYOUT
 
 MODEL = "m"
+LAYOUT: WeightLayout = "panels"
 CHUNK_TOKENS = PolicyOptions().chunk_tokens
 BLOCK_BYTES = int(WorkerSettings.model_fields["block_bytes"].default)
 GREEDY = Sampling(temperature=0.0)
@@ -72,12 +73,12 @@ class Engine:
         self._pool = BlockPool(arena.blocks)
         self._pool.register(MODEL, self.layout, arena.blocks)
         self._tables = SequenceTables.create(self.layout, options.slots, options.context)
-        self.load_s, weights_fd = _load(Path(options.model), checkpoint.weight_bytes(WEIGHT_LAYOUT), options)
+        self.load_s, weights_fd = _load(Path(options.model), checkpoint.weight_bytes(LAYOUT), options)
         self._runner = CpuRunner(options.threads)
         self._runner.attach(arena.descriptor(), [os.dup(arena.fd)])
-        manifest = checkpoint.manifest(WEIGHT_LAYOUT)
+        manifest = checkpoint.manifest(LAYOUT)
         slots, context = options.slots, options.context
-        model = AddModel(MODEL, spec, self.layout, slots, context, manifest, WEIGHT_LAYOUT)
+        model = AddModel(MODEL, spec, self.layout, slots, context, manifest, LAYOUT)
         self._runner.add(model, [weights_fd, os.dup(self._tables.fd)])
 
     def generate(self, prompts: Prompts, new: int, filled: bool = False) -> Timing:
@@ -166,7 +167,7 @@ def _load(path: Path, size: int, options: argparse.Namespace) -> tuple[float, in
     """Have a loader fill memory with the weights, as the worker does; seconds that took, and the memory."""
     kept = WorkerSettings.model_fields["weight_cache"].get_default(call_default_factory=True)
     fd = weights_memfd(size)
-    arguments = ["--path", f"{path}", "--dtype", "bfloat16", "--layout", WEIGHT_LAYOUT, "--fd", f"{fd}"]
+    arguments = ["--path", f"{path}", "--dtype", "bfloat16", "--layout", LAYOUT, "--fd", f"{fd}"]
     arguments += ["--threads", f"{options.threads}"]
     if kept is not None and not options.no_weight_cache:
         arguments += ["--cache", f"{kept}"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from muxserve.worker import executors
 from muxserve.worker.__main__ import main
+from muxserve.worker.device import CpuDevice
 
 if __name__ == "__main__":
-    executors._MODULE = "benchmarks.services.engine"
+    CpuDevice.executor = ("benchmarks.services.engine",)
     sys.exit(main())

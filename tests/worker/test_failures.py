@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from muxserve.engine.arena import SharedArena
 from muxserve.v1 import worker_pb2
 from tests.worker.harness import LIMIT, Harness, Stream, running_worker
 
@@ -114,6 +115,7 @@ async def test_a_sequence_whose_logits_are_not_finite_fails_alone(fragile: Harne
             slot for slot in range(8) if tables.blocks[0, slot, 0, 0] >= 0 and tables.owner(slot) == bad
         )
         block = int(tables.blocks[0, slot, 0, 0])
+        assert isinstance(fragile.worker.arena, SharedArena)
         fragile.worker.arena.data[block * 4096 : (block + 1) * 4096] = 0xFF
         result = await stream.decode("llama", [bad, good], 19)
         assert result.outcome == "OK"

@@ -10,9 +10,9 @@ from gguf import GGMLQuantizationType
 from structlog.testing import capture_logs
 
 from muxserve.engine.messages import WeightLayout
-from muxserve.worker import weights
 from muxserve.worker.settings import WorkerSettings
-from muxserve.worker.weights import WeightCacheOptions, WeightStore
+from muxserve.worker.weight_memory import SharedMemories, WeightCacheOptions
+from muxserve.worker.weights import WeightStore
 from tests.engine.gguf_factory import write_gguf
 from tests.engine.model_factory import make_model
 
@@ -28,12 +28,14 @@ def gguf(tmp_path: Path) -> Path:
     )
 
 
-async def load(path: Path, options: WeightCacheOptions | None) -> tuple[bytes, bool, list[str]]:
+async def load(
+    path: Path, options: WeightCacheOptions | None, layout: WeightLayout = "panels"
+) -> tuple[bytes, bool, list[str]]:
     """What another worker has in memory, whether it came from the cache, and what it warns of."""
-    store = WeightStore(LIMIT, threads=1, timeout=60.0, cache=options)
+    store = WeightStore(LIMIT, threads=1, timeout=60.0, memories=SharedMemories(options, layout))
     with capture_logs() as logs:
         found = await store.inspect(str(path), "auto")
-        fd = await store.acquire("model", str(path), found)
+        (fd,) = (await store.acquire("model", str(path), found)).descriptors
         content = os.pread(fd, found.bytes + 1, 0)
         await store.release(found)
     assert store.used == 0
@@ -47,14 +49,13 @@ async def load(path: Path, options: WeightCacheOptions | None) -> tuple[bytes, b
 
 @pytest.mark.parametrize("layout", ["canonical", "panels"])
 async def test_the_next_worker_finds_what_this_one_made(
-    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: WeightLayout
+    gguf: Path, tmp_path: Path, layout: WeightLayout
 ) -> None:
-    monkeypatch.setattr(weights, "WEIGHT_LAYOUT", layout)
     options = WeightCacheOptions(tmp_path / "cache", LIMIT)
-    first, *first_time = await load(gguf, options)
-    second, *second_time = await load(gguf, options)
+    first, *first_time = await load(gguf, options, layout)
+    second, *second_time = await load(gguf, options, layout)
     assert (first_time, second_time) == ([False, []], [True, []])
-    assert first == second == (await load(gguf, None))[0]
+    assert first == second == (await load(gguf, None, layout))[0]
 
 
 async def test_a_model_loads_without_a_cache_too(gguf: Path, tmp_path: Path) -> None:

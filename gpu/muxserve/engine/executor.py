@@ -8,17 +8,22 @@ of the runner's; this one sends their steps to the worker and takes its commands
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import select
 import socket
+import sys
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from muxserve.common.parent import die_with_parent
 from muxserve.common.process import configure_logs
 from muxserve.engine.cpu.runner import CpuRunner
+from muxserve.engine.cuda.owner import Owner, OwnerDied
+from muxserve.engine.cuda.runtime import DeviceError
 from muxserve.engine.link import Link, LinkClosed
 from muxserve.engine.messages import (
     AddModel,
@@ -36,6 +41,7 @@ from muxserve.engine.messages import (
     UseShares,
 )
 from muxserve.engine.runner import Runner, RunningJob
+from muxserve.engine.shares import cuda_index
 
 log = structlog.get_logger(__name__)
 
@@ -45,26 +51,38 @@ Waiting = deque[tuple[Command, list[int]]]
 
 class Executor:
     """Takes commands in order, with two exceptions: a job waits for one of its own kind only, and EndLease,
-    UseShares and Shutdown reach the jobs that run at once."""
+    UseShares and Shutdown reach the jobs that run at once.
 
-    def __init__(self, link: Link[Command], runner: Runner) -> None:
+    owner: of the device memory that the runner maps, if it maps some.
+    """
+
+    def __init__(self, link: Link[Command], runner: Runner, owner: Owner | None = None) -> None:
         self._link = link
         self._runner = runner
+        self._owner = owner
         self._waiting: Waiting = deque()
         self._jobs: dict[type[JobMessage], RunningJob] = {}
         self._shut_down = False
 
     def run(self) -> None:
-        """Serve until Shutdown. Raises LinkClosed when the worker is gone."""
+        """Serve until Shutdown. Raises LinkClosed or OwnerDied when the worker is gone."""
         poller = select.poll()
         poller.register(self._link, select.POLLIN)
         poller.register(self._runner, select.POLLIN)
+        if self._owner is not None:
+            poller.register(self._owner, select.POLLIN)
         while not self._shut_down:
             for ready, _ in poller.poll():
                 if ready == self._link.fileno():
                     self._receive()
-                else:
+                elif ready == self._runner.fileno():
                     self._report()
+                else:
+                    self._check_owner()
+
+    def _check_owner(self) -> None:
+        if self._owner is not None:
+            self._owner.check()
 
     def _receive(self) -> None:
         while (received := self._link.try_receive()) is not None:
@@ -144,6 +162,7 @@ class Executor:
             self._link.send(ModelAdded(command.model))
 
     def _start(self, message: JobMessage) -> None:
+        self._check_owner()
         try:
             self._jobs[type(message)] = self._runner.start(message)
         except Exception as error:  # this job's own; the executor and its neighbours live on
@@ -163,21 +182,38 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def main() -> None:
+def open_runner(options: argparse.Namespace) -> Runner:
+    """For the device that the options name. Raises DeviceError."""
+    if options.device == "cpu":
+        return CpuRunner(options.cores)
+    module = importlib.import_module("muxserve.engine.cuda.runner")  # brings torch and Triton
+    runner: Runner = module.CudaRunner(cuda_index(options.device), options.partition)
+    return runner
+
+
+def main(
+    argv: Sequence[str] | None = None, runner: Callable[[argparse.Namespace], Runner] = open_runner
+) -> None:
     """Entry point of the process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True, help="connected SOCK_SEQPACKET socket")
     parser.add_argument("--kind", choices=["prefill", "decode", "both"], required=True)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--partition", default="auto", help="how shares are made, see `shares.detect`")
     parser.add_argument("--cores", type=int, required=True, help="most threads that a job may use")
     parser.add_argument("--parent", type=int, required=True, help="process id of the worker")
     parser.add_argument("--log-level", default="info")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     die_with_parent(options.parent)
     configure_logs(f"executor-{options.kind}", options.log_level)
     link: Link[Command] = Link(socket.socket(fileno=options.fd), Command)
     try:
-        Executor(link, CpuRunner(options.cores)).run()
-    except LinkClosed:
+        owner = None if options.device == "cpu" else Owner(options.parent)
+        Executor(link, runner(options), owner).run()
+    except DeviceError as error:
+        log.error("cannot start", reason=str(error))
+        sys.exit(1)
+    except (LinkClosed, OwnerDied):
         log.warning("the worker is gone")
     # Interpreter shutdown would wait for threads and free memory piece by piece; the kernel just does it.
     os._exit(0)

@@ -59,6 +59,14 @@ class Offer:
     """By name: then nothing else will do."""
 
 
+def cuda_index(device: str) -> int:
+    """Of "cuda" (0) or "cuda:N". Raises ValueError that begins with "device" for anything else."""
+    kind, colon, number = device.partition(":")
+    if kind != "cuda" or not (number.isdecimal() if colon else True):
+        raise ValueError(f"device: {device!r} is neither cpu nor cuda")
+    return int(number or 0)
+
+
 def detect(
     device: str, found: Found | None = None, wanted: PartitionName | Literal["auto"] = "auto"
 ) -> Offer:
@@ -72,8 +80,7 @@ def detect(
         if wanted not in ("auto", "threads"):
             raise ValueError(f"partition: {wanted} is for a GPU; a CPU has threads")
         return Offer("threads", (), "CPU: a share is a number of threads")
-    if device != "cuda" and not device.startswith("cuda:"):
-        raise ValueError(f"device: {device!r} is neither cpu nor cuda")
+    cuda_index(device)
     found = found or Found()
     offered, lacking = _offered(found)
     chosen: PartitionName = offered[0] if wanted == "auto" else wanted

@@ -14,6 +14,7 @@ from muxserve.common.rpc import RpcServer
 from muxserve.common.settings import load_settings
 from muxserve.common.store import connect
 from muxserve.engine.arena import ArenaError
+from muxserve.engine.cuda.runtime import DeviceError
 from muxserve.v1 import worker_pb2_grpc
 from muxserve.worker.executors import ExecutorFailed
 from muxserve.worker.service import SERVICE, WorkerServicer
@@ -27,7 +28,7 @@ _GRACE = 0.5
 
 
 async def serve(settings: WorkerSettings, stop: asyncio.Event) -> None:
-    """Serve until `stop`. Raises ArenaError, ExecutorFailed or OSError if the worker cannot start."""
+    """Serve until `stop`. Raises ArenaError, DeviceError, ExecutorFailed or OSError if it cannot start."""
     entry = entry_of_this_process("worker", settings.id, "")
     worker = Worker(settings, entry.incarnation)
     server = RpcServer(settings.bind)
@@ -67,7 +68,7 @@ def main() -> int:
         nonlocal code
         try:
             await serve(settings, stop)
-        except (ArenaError, ExecutorFailed, OSError) as error:
+        except (ArenaError, DeviceError, ExecutorFailed, OSError) as error:
             log.error("cannot start", reason=str(error))
             code = 1
 

@@ -139,7 +139,7 @@ def worker_info(worker: Worker) -> worker_pb2.WorkerInfo:
         worker_id=worker.settings.id,
         incarnation=worker.incarnation,
         device=ready.device if ready else "",
-        compute_units=worker.settings.compute_units,
+        compute_units=worker.device.units,
         partition=ready.partition if ready else "",
         pool=_pool_state(worker.pool_report()),
         models=[_loaded(model) for model in worker.models.loaded],

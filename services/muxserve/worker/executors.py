@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import structlog
@@ -33,7 +34,12 @@ from muxserve.worker.child import Child
 
 log = structlog.get_logger(__name__)
 
-_MODULE = "muxserve.engine.executor"
+Kind = Literal["prefill", "decode", "both"]
+"""Of the jobs that an executor takes."""
+
+EXECUTOR = ("muxserve.engine.executor",)
+"""The executor's module; arguments may follow, which come before all others."""
+
 _STABLE = 10.0
 """Seconds after which a restarted executor counts as healthy again."""
 _LONGEST_PAUSE = 5.0
@@ -51,33 +57,39 @@ class ExecutorOptions:
     """What every executor of a worker is started with."""
 
     arena: AttachArena
-    arena_fd: int
-    """Stays open as long as the worker lives."""
+    descriptors: tuple[int, ...]
+    """The arena's, which stay open as long as the worker lives; on a GPU none."""
+    device: str
+    partition: str
+    """The settings'."""
     cores: int
     timeout: float
     """Seconds until it must be ready."""
     log_level: str
+    module: tuple[str, ...] = EXECUTOR
 
 
 @dataclass(slots=True)
 class _Model:
     message: AddModel
-    fds: tuple[int, int]
+    fds: tuple[int, ...]
     added: asyncio.Future[None]
 
 
 class ExecutorProcess:
     """Keeps one executor alive, whatever happens to it. Its state is the arena and the models added to it.
 
-    on_report gets Step and JobDone of the job that runs. on_change is called when it becomes ready and when
-    it dies; `ready` then says which. A job that was submitted to an executor that died gets no JobDone.
+    environment: what it has in its own beside the worker's. on_report gets Step and JobDone of the jobs that
+    run. on_change is called when it becomes ready and when it dies; `ready` then says which. A job that was
+    submitted to an executor that died gets no JobDone.
     `broken` ends with an exception if supervision or one of these calls fails: a bug, and the worker's end.
     """
 
     def __init__(
         self,
-        kind: str,
+        kind: Kind,
         options: ExecutorOptions,
+        environment: Mapping[str, str],
         on_report: Callable[[Step | JobDone], None],
         on_change: Callable[[], None],
     ) -> None:
@@ -86,6 +98,7 @@ class ExecutorProcess:
         self.restarts = 0
         self.ready: Ready | None = None
         self._options = options
+        self._environment = environment
         self._on_report = on_report
         self._on_change = on_change
         self._models: dict[str, _Model] = {}
@@ -111,10 +124,11 @@ class ExecutorProcess:
         self._supervisor.cancel()
         await asyncio.wait((self._supervisor,))
 
-    async def add_model(self, message: AddModel, weights_fd: int, tables_fd: int) -> None:
-        """Returns when jobs may name the model, now and after restarts. The descriptors must stay open until
-        `remove_model` has returned. Raises ExecutorFailed if it cannot be mapped."""
-        model = _Model(message, (weights_fd, tables_fd), self._loop.create_future())
+    async def add_model(self, message: AddModel, descriptors: tuple[int, ...]) -> None:
+        """Returns when jobs may name the model, now and after restarts. The descriptors, and what a handle
+        stands for, must stay until `remove_model` has returned. Raises ExecutorFailed if it cannot be
+        mapped."""
+        model = _Model(message, descriptors, self._loop.create_future())
         self._models[message.model] = model
         self._send(message, model.fds)
         await model.added
@@ -171,15 +185,18 @@ class ExecutorProcess:
 
     def _spawn(self) -> tuple[Child, asyncio.Future[None]]:
         ours, theirs = Link.pair()
-        arguments = ["--fd", f"{theirs.fileno()}", "--kind", self.kind, "--cores", f"{self._options.cores}"]
-        arguments += ["--parent", f"{os.getpid()}", "--log-level", self._options.log_level]
+        options = self._options
+        module, *arguments = options.module
+        arguments += ["--fd", f"{theirs.fileno()}", "--kind", self.kind, "--device", options.device]
+        arguments += ["--partition", options.partition, "--cores", f"{options.cores}"]
+        arguments += ["--parent", f"{os.getpid()}", "--log-level", options.log_level]
         with theirs:
-            child = Child(_MODULE, arguments, pass_fds=[theirs.fileno()])
+            child = Child(module, arguments, pass_fds=[theirs.fileno()], environment=self._environment)
         self._link = Link(ours, Report)
         self._becoming = self._loop.create_future()
         dead: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(ours.fileno(), self._readable, self._link, dead)
-        self._send(self._options.arena, (self._options.arena_fd,))
+        self._send(options.arena, options.descriptors)
         for model in self._models.values():
             self._send(model.message, model.fds)
         return child, dead
@@ -194,7 +211,8 @@ class ExecutorProcess:
                 child.kill()
             return
         self.ready, self.pid = ready.result(), child.pid
-        log.info("executor ready", kind=self.kind, pid=self.pid, partition=self.ready.partition)
+        device, partition = self.ready.device, self.ready.partition
+        log.info("executor ready", kind=self.kind, pid=self.pid, device=device, partition=partition)
         if not self._started.done():
             self._started.set_result(None)
         self._on_change()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import structlog
 
 from muxserve.engine.messages import UNFINISHED, JobDone, PrefillJob, Shares, Step
 from muxserve.engine.pool import BlockPool
-from muxserve.worker.executors import ExecutorOptions, ExecutorProcess
+from muxserve.worker.executors import ExecutorOptions, ExecutorProcess, Kind
 from muxserve.worker.jobs import Plan, plan
 from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, Refused, Tokens
 from muxserve.worker.sequences import SequenceBook
@@ -22,7 +22,7 @@ from muxserve.worker.sequences import SequenceBook
 log = structlog.get_logger(__name__)
 
 MAX_WAITING = 16
-"""Jobs that may wait for one executor; a scheduler has one or two."""
+"""Jobs that may wait in one lane; a scheduler has one or two."""
 
 
 class JobOwner(Protocol):
@@ -51,24 +51,15 @@ class _Running:
 
 
 class Lane:
-    """Runs orders one at a time, in the order in which they came. Blocks are reserved when a job starts, so
-    that one that waits sees what the one before it has done."""
+    """Runs orders of one kind one at a time, in the order in which they came. Blocks are reserved when a job
+    starts, so that one that waits sees what the one before it has done."""
 
-    def __init__(
-        self,
-        kind: str,
-        options: ExecutorOptions,
-        pool: BlockPool,
-        numbers: Iterator[int],
-        divide: Callable[[], None],
-        on_change: Callable[[], None],
-    ) -> None:
+    def __init__(self, pool: BlockPool, numbers: Iterator[int], divide: Callable[[], None]) -> None:
         """numbers: for jobs; one executor may have those of both lanes. divide: called when a job is about to
-        start or has ended; calls `use_shares` of all lanes."""
-        self.executor = ExecutorProcess(kind, options, self._on_report, self._on_executor)
+        start or has ended; calls `use_shares` of all lanes. `executor` has to be set before the first job."""
+        self.executor: ExecutorProcess
         self._pool = pool
         self._divide = divide
-        self._on_change = on_change
         self._waiting: deque[_Waiting] = deque()
         self._running: _Running | None = None
         self._numbers = numbers
@@ -133,7 +124,8 @@ class Lane:
             self._divide()
             self.executor.submit(msgspec.structs.replace(made.message, shares=running.shares))
 
-    def _on_report(self, report: Step | JobDone) -> None:
+    def on_report(self, report: Step | JobDone) -> None:
+        """Of a job of the executor's, which may be another lane's."""
         running = self._running
         if running is None or report.job != running.job:
             return
@@ -171,10 +163,10 @@ class Lane:
                     del running.plan.sequences[slot]
                     running.owner.book.leave(sequence)
 
-    def _on_executor(self) -> None:
+    def on_executor(self) -> None:
+        """The executor is ready, or has died."""
         if self.executor.ready is None and (running := self._running) is not None:
             self._end(running, Outcome.EXECUTOR_LOST, 0, 0.0, f"the {self.executor.kind} executor died")
-        self._on_change()
         self._start_next()
 
     def _end(self, running: _Running, outcome: Outcome, steps: int, seconds: float, error: str) -> None:
@@ -210,29 +202,58 @@ class Lane:
 
 
 class Lanes:
-    """A prefill lane and a decode lane over one arena, and how they share the device."""
+    """A prefill lane and a decode lane over one arena, and how they share the device.
 
-    def __init__(self, options: ExecutorOptions, pool: BlockPool, on_change: Callable[[], None]) -> None:
+    environments: of each executor, by its kind: one for both lanes, or one for each.
+    """
+
+    def __init__(
+        self,
+        options: ExecutorOptions,
+        environments: Mapping[Kind, Mapping[str, str]],
+        pool: BlockPool,
+        on_change: Callable[[], None],
+    ) -> None:
         numbers = itertools.count(1)
-        self.prefill = Lane("prefill", options, pool, numbers, self._divide, on_change)
-        self.decode = Lane("decode", options, pool, numbers, self._divide, on_change)
-
-    @property
-    def executors(self) -> tuple[ExecutorProcess, ExecutorProcess]:
-        """Of prefill and of decode."""
-        return self.prefill.executor, self.decode.executor
+        self.prefill = Lane(pool, numbers, self._divide)
+        self.decode = Lane(pool, numbers, self._divide)
+        self._on_change = on_change
+        self.executors = tuple(
+            self._executor(kind, options, environment) for kind, environment in environments.items()
+        )
 
     async def start(self) -> None:
-        """Returns when both executors are ready. Raises ExecutorFailed."""
+        """Returns when the executors are ready. Raises ExecutorFailed."""
         await asyncio.gather(*(executor.start() for executor in self.executors))
 
     async def stop(self) -> None:
-        """End both executors."""
+        """End the executors."""
         await asyncio.gather(*(executor.stop() for executor in self.executors))
 
     async def drop(self, owner: JobOwner) -> None:
         """Drop the owner's jobs; returns when none of them runs."""
         await asyncio.gather(self.prefill.drop(owner), self.decode.drop(owner))
+
+    def _executor(
+        self, kind: Kind, options: ExecutorOptions, environment: Mapping[str, str]
+    ) -> ExecutorProcess:
+        lanes = {"prefill": [self.prefill], "decode": [self.decode], "both": [self.prefill, self.decode]}[
+            kind
+        ]
+
+        def on_report(report: Step | JobDone) -> None:
+            for lane in lanes:
+                lane.on_report(report)
+
+        def on_change() -> None:
+            for lane in lanes:
+                lane.on_executor()
+            self._on_change()
+
+        executor = ExecutorProcess(kind, options, environment, on_report, on_change)
+        for lane in lanes:
+            lane.executor = executor
+        return executor
 
     def _divide(self) -> None:
         """Have the jobs that run share the device."""

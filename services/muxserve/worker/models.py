@@ -159,7 +159,7 @@ class ModelTable:
         name = choice.name
         shape = await self.inspect(choice)
         async with AsyncExitStack() as undo:
-            weights_fd = await self._store.acquire(name, choice.path, shape.weights)
+            weights = await self._store.acquire(name, choice.path, shape.weights)
             undo.push_async_callback(self._store.release, shape.weights)
             tables = SequenceTables.create(shape.layout, shape.slots, shape.context_length)
             undo.callback(tables.close)
@@ -173,12 +173,13 @@ class ModelTable:
                 shape.context_length,
                 shape.weights.manifest,
                 shape.weights.layout,
+                weights.handle,
             )
             for executor in self._executors:
                 undo.push_async_callback(executor.remove_model, name)
             try:
-                adding = (e.add_model(message, weights_fd, tables.fd) for e in self._executors)
-                await asyncio.gather(*adding)
+                descriptors = (*weights.descriptors, tables.fd)
+                await asyncio.gather(*(e.add_model(message, descriptors) for e in self._executors))
             except ExecutorFailed as error:
                 raise Internal(f'model "{name}" was loaded but not accepted: {error}') from error
             return LoadedModel(choice, shape, tables, undo.pop_all())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from muxserve.common.settings import Bytes, ServiceSettings
-from muxserve.worker.weights import WeightCacheOptions
+from muxserve.engine.shares import PartitionName, cuda_index, detect
+from muxserve.worker.weight_memory import WeightCacheOptions
 
 
 def _user_cache() -> Path | None:
@@ -24,12 +26,21 @@ def _user_cache() -> Path | None:
 class WorkerSettings(ServiceSettings):
     """A worker: one mesh, its arena and executors."""
 
+    device: str = "cpu"
+    """What computes: cpu, or a GPU: cuda, or cuda:N for the one with that number."""
+    partition: PartitionName | Literal["auto"] = "auto"
+    """How compute shares are made. threads: on cpu. On a GPU green_contexts, which auto takes where there are
+    such; none: time slices; mps: NVIDIA's Multi-Process Service, with a daemon of this worker's."""
+    mps_prefill: float = Field(50, gt=0, le=100)
+    """Percentage of a GPU's multiprocessors that prefill jobs may use under MPS, whatever else runs."""
+    mps_decode: float = Field(50, gt=0, le=100)
+    """The same for decode jobs; both together may be more than 100."""
     arena: Bytes = Field(512 * 2**20, validate_default=True)
     """Size of the arena of KV blocks."""
     block_bytes: Bytes = Field(16 * 2**10, validate_default=True)
     """Size of a block: a multiple of 64."""
     cores: int | None = Field(None, ge=1)
-    """Cores to compute with. Absent: all that this process may use."""
+    """Cores to compute with, or beside a GPU to load weights with. Absent: all that this process may use."""
     slots: int = Field(64, ge=1, le=4096)
     """Sequences of one model that can be open at once."""
     weight_budget: Bytes | None = None
@@ -48,6 +59,21 @@ class WorkerSettings(ServiceSettings):
     """Seconds that a token may wait, when many sequences decode together, to share a message with those of
     later steps; 0: none ever waits. `muxserve.worker.pacing` has the rule."""
 
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if device != "cpu":
+            cuda_index(device)
+        return device
+
+    @model_validator(mode="after")
+    def _suits(self) -> WorkerSettings:
+        if self.device == "cpu":
+            detect("cpu", wanted=self.partition)
+        elif self.partition == "threads":
+            raise ValueError("partition: threads are for cpu")
+        return self
+
     @model_validator(mode="after")
     def _sizes(self) -> WorkerSettings:
         if self.block_bytes % 64:
@@ -64,6 +90,6 @@ class WorkerSettings(ServiceSettings):
         return WeightCacheOptions(self.weight_cache.expanduser().absolute(), int(self.weight_cache_limit))
 
     @property
-    def compute_units(self) -> int:
-        """Cores to compute with, resolved."""
+    def threads(self) -> int:
+        """`cores`, resolved."""
         return self.cores or len(os.sched_getaffinity(0))

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from muxserve.engine.arena import SharedArena
-from muxserve.engine.memory import available_memory
 from muxserve.engine.pool import BlockPool, PoolIntegrityError
+from muxserve.worker.device import WorkerDevice, open_device
 from muxserve.worker.executors import ExecutorOptions
 from muxserve.worker.lanes import Lanes
 from muxserve.worker.models import ModelTable
@@ -34,27 +33,33 @@ class PoolReport:
 class Worker:
     """One mesh: arena, pool, executors, models, sessions. Made inside a running event loop.
 
-    Raises ArenaError if the arena cannot be had.
+    device: what the settings say if None. Raises ArenaError, DeviceError.
     """
 
-    def __init__(self, settings: WorkerSettings, incarnation: str) -> None:
+    def __init__(
+        self, settings: WorkerSettings, incarnation: str, device: WorkerDevice | None = None
+    ) -> None:
         self.settings = settings
         self.incarnation = incarnation
-        self.arena = SharedArena.create(int(settings.arena), int(settings.block_bytes))
+        self.device = device or open_device(settings)
+        self.arena = self.device.arena
         self.pool = BlockPool(self.arena.blocks)
         options = ExecutorOptions(
             arena=self.arena.descriptor(),
-            arena_fd=self.arena.fd,
-            cores=settings.compute_units,
+            descriptors=(self.arena.fd,) if self.arena.fd >= 0 else (),
+            device=settings.device,
+            partition=settings.partition,
+            cores=settings.threads,
             timeout=settings.executor_timeout,
             log_level=settings.log_level,
+            module=self.device.executor,
         )
-        self.lanes = Lanes(options, self.pool, self._changed)
+        self.lanes = Lanes(options, self.device.environments, self.pool, self._changed)
         self.weights = WeightStore(
             int(settings.weight_budget or 0),
-            threads=settings.compute_units,
+            threads=settings.threads,
             timeout=settings.load_timeout,
-            cache=settings.kept_weights,
+            memories=self.device.memories,
         )
         self.models = ModelTable(
             self.pool,
@@ -71,16 +76,19 @@ class Worker:
         )
 
     async def start(self) -> None:
-        """Returns when both executors are ready. Raises ExecutorFailed."""
+        """Returns when the executors are ready. Raises ExecutorFailed, DeviceError."""
+        await self.device.start()
         await self.lanes.start()
         if self.settings.weight_budget is None:
-            # Now that the executors' own memory is taken; the arena's is not yet.
-            self.weights.budget = max(0, int(0.9 * (available_memory() - self.settings.arena)))
+            self.weights.budget = self.device.room()
         log.info(
             "worker ready",
             arena_mib=self.settings.arena // MIB,
             blocks=self.pool.blocks,
-            cores=self.settings.compute_units,
+            device=self.settings.device,
+            compute_units=self.device.units,
+            partition=self.device.offer.partition,
+            reason=self.device.offer.reason,
             weight_budget_mib=self.weights.budget // MIB,
         )
 
@@ -95,7 +103,7 @@ class Worker:
             await asyncio.wait((closing,), timeout=0.5)  # a prefill that runs on is ended with its executor
         await self.lanes.stop()
         await self.models.stop()
-        self.arena.close()
+        await self.device.stop()
 
     def pool_report(self) -> PoolReport:
         """The pool's books, checked now."""
