@@ -60,13 +60,7 @@ class Shape:
 
     def layout(self, block_bytes: int) -> KVLayout:
         """How its KV lies in blocks of that size."""
-        return KVLayout(
-            layers=self.layers,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            block_bytes=block_bytes,
-        )
+        return layout_of(self.spec, block_bytes)
 
     @property
     def head_parameters(self) -> int:
@@ -119,6 +113,17 @@ TINY_SHAPES = (
 )
 
 
+def layout_of(spec: ModelSpec, block_bytes: int) -> KVLayout:
+    """How a model's KV lies in blocks of that size."""
+    return KVLayout(
+        layers=len(spec.layers),
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        dtype=spec.dtype,
+        block_bytes=block_bytes,
+    )
+
+
 def fill_weights(tensors: dict[str, Tensor], seed: int = 0) -> None:
     """Random weights of the scale that trained ones have; norms are ones, biases zeros."""
     device = next(iter(tensors.values())).device
@@ -128,13 +133,3 @@ def fill_weights(tensors: dict[str, Tensor], seed: int = 0) -> None:
             tensor.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             tensor.normal_(0.0, tensor.shape[1] ** -0.5, generator=generator)
-
-
-def random_weights(shape: Shape, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
-    """In memory of torch's own, for what runs in one process and needs no arena."""
-    tensors = {
-        entry.name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=device)
-        for entry in shape.manifest
-    }
-    fill_weights(tensors, seed)
-    return tensors
