@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ import grpc
 
 from muxserve.common.rpc import RpcServer, channel
 from muxserve.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from muxserve.worker.device import WorkerDevice, open_device
 from muxserve.worker.service import SERVICE, WorkerServicer
 from muxserve.worker.settings import WorkerSettings
 from muxserve.worker.worker import Worker
@@ -67,7 +68,9 @@ class Harness:
 
 
 @asynccontextmanager
-async def running_worker(**settings: Any) -> AsyncIterator[Harness]:
+async def running_worker(
+    make_device: Callable[[WorkerSettings], WorkerDevice] = open_device, /, **settings: Any
+) -> AsyncIterator[Harness]:
     """A worker of the test's own, with a small arena unless `settings` say otherwise."""
     values: dict[str, Any] = {
         "id": "worker-t",
@@ -77,7 +80,8 @@ async def running_worker(**settings: Any) -> AsyncIterator[Harness]:
         "slots": 8,
     }
     values |= {"longest_wait": 0.0, **settings}  # every step is told at once
-    worker = Worker(WorkerSettings(**values), incarnation="one")
+    chosen = WorkerSettings(**values)
+    worker = Worker(chosen, "one", make_device(chosen))
     server = RpcServer("127.0.0.1:0", with_reflection=False)
     server.add(worker_pb2_grpc.add_WorkerServiceServicer_to_server, WorkerServicer(worker), SERVICE)
     try:

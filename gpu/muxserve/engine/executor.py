@@ -8,11 +8,9 @@ of the runner's; this one sends their steps to the worker and takes its commands
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import select
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -182,17 +180,19 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def open_runner(options: argparse.Namespace) -> Runner:
-    """For the device that the options name. Raises DeviceError."""
+def make_runner(options: argparse.Namespace) -> Runner:
+    """For the device that the options name. Raises DeviceError, DriverError, ValueError."""
     if options.device == "cpu":
         return CpuRunner(options.cores)
-    module = importlib.import_module("muxserve.engine.cuda.runner")  # brings torch and Triton
-    runner: Runner = module.CudaRunner(cuda_index(options.device), options.partition)
+    from muxserve.engine.cuda.runner import open_runner  # brings torch and Triton
+
+    runner, reason = open_runner(cuda_index(options.device), options.partition)
+    log.info("compute shares", partition=runner.partition, reason=reason)
     return runner
 
 
 def main(
-    argv: Sequence[str] | None = None, runner: Callable[[argparse.Namespace], Runner] = open_runner
+    argv: Sequence[str] | None = None, runner: Callable[[argparse.Namespace], Runner] = make_runner
 ) -> None:
     """Entry point of the process."""
     parser = argparse.ArgumentParser()
@@ -210,11 +210,14 @@ def main(
     try:
         owner = None if options.device == "cpu" else Owner(options.parent)
         Executor(link, runner(options), owner).run()
-    except DeviceError as error:
-        log.error("cannot start", reason=str(error))
-        sys.exit(1)
     except (LinkClosed, OwnerDied):
         log.warning("the worker is gone")
+    except DeviceError as error:
+        log.error("cannot start", reason=str(error))
+        os._exit(1)
+    except Exception:  # a device that is lost, or a bug: the worker starts another executor
+        log.exception("cannot go on")
+        os._exit(1)
     # Interpreter shutdown would wait for threads and free memory piece by piece; the kernel just does it.
     os._exit(0)
 

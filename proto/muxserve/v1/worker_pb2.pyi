@@ -186,7 +186,7 @@ class WorkerInfo(_message.Message):
 
     @_builtins.property
     def executors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorInfo]:
-        """Prefill executor, decode executor."""
+        """One for prefill and one for decode, or one for both."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class ExecutorInfo(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """"prefill" or "decode"."""
+    """What jobs it takes: "prefill", "decode" or "both"."""
     pid: _builtins.int
     """Process id; 0 while it restarts."""
     restarts: _builtins.int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ class CudaDevice:
         self.arena = CudaArena.create(
             int(settings.arena), int(settings.block_bytes), self._index, self._runtime
         )
-        self._daemon: MpsDaemon | None = None
+        self._daemon: _Daemon | None = None
         self.environments: Mapping[Kind, Mapping[str, str]] = {"both": {}}
         try:
             found = probe(self._index, cuda.driver, cuda.mps_program)
@@ -63,10 +64,10 @@ class CudaDevice:
                 field, _, reason = str(error).partition(": ")
                 raise DeviceError(field, reason) from error
             if self.offer.partition == "mps":
-                self._daemon = MpsDaemon(mps_directory(settings), cuda.mps_program)
+                self._daemon = _Daemon(mps_directory(settings), cuda.mps_program)
                 self.environments = {
-                    "prefill": self._daemon.environment(settings.mps_prefill),
-                    "decode": self._daemon.environment(settings.mps_decode),
+                    "prefill": self._daemon.mps.environment(settings.mps_prefill),
+                    "decode": self._daemon.mps.environment(settings.mps_decode),
                 }
         except BaseException:
             self.arena.close()
@@ -75,7 +76,6 @@ class CudaDevice:
     async def start(self) -> None:
         if self._daemon is not None:
             await asyncio.to_thread(self._daemon.start)
-            log.info("MPS daemon started")
 
     async def stop(self) -> None:
         if self._daemon is not None:
@@ -87,6 +87,25 @@ class CudaDevice:
         on_device(self._runtime, self._index)
         with errors_of("device", f"CUDA device {self._index}"):
             return int(0.9 * self._runtime.memGetInfo()[0])
+
+
+class _Daemon:
+    """An MPS daemon and its directory, which stays for people to look at if it does not start."""
+
+    def __init__(self, directory: Path, program: str) -> None:
+        self.mps = MpsDaemon(directory, program)
+        self._directory = directory
+        self._started = False
+
+    def start(self) -> None:
+        self.mps.start()
+        self._started = True
+        log.info("MPS daemon started", directory=str(self._directory))
+
+    def stop(self) -> None:
+        self.mps.stop()
+        if self._started:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def mps_directory(settings: WorkerSettings) -> Path:

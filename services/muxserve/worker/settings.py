@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from muxserve.common.settings import Bytes, ServiceSettings
-from muxserve.engine.shares import PartitionName, cuda_index, detect
+from muxserve.engine.shares import cuda_index, detect
 from muxserve.worker.weight_memory import WeightCacheOptions
 
 
@@ -28,7 +28,7 @@ class WorkerSettings(ServiceSettings):
 
     device: str = "cpu"
     """What computes: cpu, or a GPU: cuda, or cuda:N for the one with that number."""
-    partition: PartitionName | Literal["auto"] = "auto"
+    partition: Literal["auto", "threads", "none", "green_contexts", "mps"] = "auto"
     """How compute shares are made. threads: on cpu. On a GPU green_contexts, which auto takes where there are
     such; none: time slices; mps: NVIDIA's Multi-Process Service, with a daemon of this worker's."""
     mps_prefill: float = Field(50, gt=0, le=100)

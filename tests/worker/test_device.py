@@ -1,0 +1,275 @@
+"""A worker that computes on a GPU, with a fake one in its place that all its processes share: it owns arena
+and weights there, one executor takes jobs of both kinds, and nothing is left when it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from pydantic import ValidationError
+
+from muxserve.engine.checkpoint import open_checkpoint
+from muxserve.engine.cuda.runtime import DeviceError
+from muxserve.worker.cuda_device import Cuda, CudaDevice, mps_directory
+from muxserve.worker.settings import WorkerSettings
+from tests.engine.cuda.fake import MIB, FakeRuntime
+from tests.engine.cuda.fake_driver import FakeDriver
+from tests.engine.cuda.processes import start
+from tests.engine.cuda.test_mps import ended, program, running
+from tests.worker.device_processes import next_token, salt
+from tests.worker.harness import LIMIT, Harness, running_worker
+
+PROMPT = [7, 11, 13, 17, 19]
+GPU = {"device": "cuda:0", "arena": 4 * MIB}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """The directory that is a device to all processes of the test."""
+    path = tmp_path / "device"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def fake(directory: Path) -> Iterator[FakeRuntime]:
+    """The worker's runtime; in the end nobody has done wrong, and nothing is left."""
+    runtime = FakeRuntime(directory)
+    yield runtime
+    runtime.check()
+    assert runtime.memGetInfo() == (64 * MIB, 64 * MIB)
+
+
+def cuda(directory: Path, path: Path, runtime: FakeRuntime, mps_program: str = "none") -> Cuda:
+    module = "tests.worker.device_processes"
+    return Cuda(
+        runtime=runtime,
+        driver=FakeDriver(),
+        mps_program=mps_program,
+        executor=(module, "executor", str(directory), str(path)),
+        loader=(module, "loader", str(directory)),
+    )
+
+
+@pytest.fixture
+def gpu(directory: Path, fake: FakeRuntime, llama: Path) -> Callable[[WorkerSettings], CudaDevice]:
+    """What makes the worker's device."""
+    return lambda settings: CudaDevice(settings, cuda(directory, llama, fake))
+
+
+def text(path: Path, prompt: list[int], new: int) -> list[int]:
+    """What the executor should say."""
+    told, salted = list(prompt), salt(open_checkpoint(path, "float32"))
+    while len(told) < len(prompt) + new:
+        told.append(next_token(told, salted))
+    return told[len(prompt) :]
+
+
+async def restarted(harness: Harness, pid: int) -> None:
+    async with asyncio.timeout(LIMIT):
+        while (await harness.info()).executors[0].pid in (0, pid):
+            pass
+
+
+async def test_a_model_comes_speaks_and_goes(
+    gpu: Callable[[WorkerSettings], CudaDevice], fake: FakeRuntime, llama: Path
+) -> None:
+    async with running_worker(gpu, **GPU) as harness:
+        info = await harness.info()
+        assert (info.device, info.partition, info.compute_units) == ("fake GPU", "green_contexts", 132)
+        assert [executor.kind for executor in info.executors] == ["both"]
+        empty, _ = fake.memGetInfo()
+        assert empty == 60 * MIB
+        assert info.weight_budget_bytes == int(0.9 * empty)
+        shape = await harness.load("llama", llama)
+        loaded, _ = fake.memGetInfo()
+        assert shape.weight_bytes <= empty - loaded
+        await harness.load("again", llama)
+        assert fake.memGetInfo()[0] == loaded, "one checkpoint is loaded once"
+        async with harness.stream() as stream:
+            prompts = [PROMPT, PROMPT * 20, [3]]
+            said = await stream.generate("llama", prompts, 20, chunk=30)
+            assert said == [text(llama, prompt, 20) for prompt in prompts]
+            assert await stream.generate("again", prompts, 20) == said
+        await harness.assert_idle()
+        await harness.unload("llama")
+        assert fake.memGetInfo()[0] == loaded
+        await harness.unload("again")
+        assert fake.memGetInfo()[0] == empty
+
+
+async def test_one_executor_runs_a_prefill_beside_a_decode_job(
+    gpu: Callable[[WorkerSettings], CudaDevice], llama: Path
+) -> None:
+    async with running_worker(gpu, **GPU) as harness:
+        await harness.load("llama", llama)
+        async with harness.stream() as stream:
+            first, second = [await stream.open("llama", PROMPT, 400) for _ in range(2)]
+            await stream.prefill("llama", {first: (0, 5)})
+            decode = await stream.start_decode("llama", [first], 399, 0.5)
+            result = await stream.first_step(decode)
+            beside = await stream.result(await stream.start_prefill("llama", {second: (0, 5)}, 0.5))
+            assert beside.outcome == "OK"
+            assert not result.ended.is_set()
+            await stream.decode("llama", [], 1)  # waits for the one that runs
+            assert result.tokens == {first: text(llama, PROMPT, 400)[1:]}
+
+
+async def test_an_executor_that_dies_loses_its_jobs_of_both_kinds_and_comes_back(
+    gpu: Callable[[WorkerSettings], CudaDevice], llama: Path
+) -> None:
+    async with running_worker(gpu, **GPU) as harness:
+        await harness.load("llama", llama)
+        async with harness.stream() as stream:
+            first, second = [await stream.open("llama", prompt, 300) for prompt in (PROMPT, PROMPT * 40)]
+            await stream.prefill("llama", {first: (0, 5)})
+            jobs = [await stream.start_decode("llama", [first], 299, 0.5)]
+            await stream.first_step(jobs[0])
+            jobs.append(await stream.start_prefill("llama", {second: (0, 200)}, 0.5))
+            pid = (await harness.info()).executors[0].pid
+            os.kill(pid, signal.SIGKILL)
+            assert {(await stream.result(job)).outcome for job in jobs} == {"EXECUTOR_LOST"}
+            await restarted(harness, pid)
+            assert await stream.generate("llama", [PROMPT], 20) == [text(llama, PROMPT, 20)]
+        assert (await harness.info()).executors[0].restarts == 1
+        await harness.assert_idle()
+
+
+async def test_weights_that_the_device_has_no_room_for_are_refused(
+    gpu: Callable[[WorkerSettings], CudaDevice], fake: FakeRuntime, llama: Path
+) -> None:
+    taken = fake.malloc(59 * MIB)
+    async with running_worker(gpu, weight_budget=2**40, **GPU) as harness:
+        with pytest.raises(grpc.aio.AioRpcError, match="are asked for, 1 MiB are available") as refused:
+            await harness.load("llama", llama)
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        fake.free(taken)
+        await harness.load("llama", llama)
+
+
+async def test_a_checkpoint_that_turns_out_broken_leaves_no_memory_behind(
+    gpu: Callable[[WorkerSettings], CudaDevice], fake: FakeRuntime, llama: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(llama, tmp_path / "broken"))
+    async with running_worker(gpu, **GPU) as harness:
+        await harness.inspect("llama", broken)
+        (broken / "config.json").unlink()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await harness.load("llama", broken)
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert fake.memGetInfo()[0] == 60 * MIB
+
+
+async def test_with_mps_there_are_two_executors_each_with_its_percentage(
+    directory: Path, fake: FakeRuntime, llama: Path, tmp_path: Path
+) -> None:
+    control = program(tmp_path)
+    settings = {**GPU, "partition": "mps", "mps_prefill": 70, "mps_decode": 40, "id": f"mps-{os.getpid()}"}
+
+    def make(settings: WorkerSettings) -> CudaDevice:
+        return CudaDevice(settings, cuda(directory, llama, fake, control))
+
+    async with running_worker(make, **settings) as harness:
+        folder = mps_directory(harness.worker.settings)
+        daemon = running(folder)
+        info = await harness.info()
+        assert info.partition == "mps"
+        found = {}
+        for each in info.executors:
+            environment = psutil.Process(each.pid).environ()
+            assert environment["CUDA_MPS_PIPE_DIRECTORY"] == str(folder / "pipe")
+            found[each.kind] = environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]
+        assert found == {"prefill": "70", "decode": "40"}
+        await harness.load("llama", llama)
+        async with harness.stream() as stream:
+            assert await stream.generate("llama", [PROMPT], 20) == [text(llama, PROMPT, 20)]
+    assert ended(daemon)
+    assert not folder.exists()
+    os.close(daemon)
+
+
+WORKER = """
+import asyncio, os, sys
+from pathlib import Path
+from muxserve.common.process import configure_logs
+from muxserve.worker.cuda_device import CudaDevice
+from tests.engine.cuda.fake import FakeRuntime
+from tests.worker.harness import running_worker
+from tests.worker.test_device import GPU, PROMPT, cuda
+
+async def main(directory, path):
+    made_of = cuda(directory, path, FakeRuntime(directory))
+    async with running_worker(lambda settings: CudaDevice(settings, made_of), **GPU) as harness:
+        await harness.load("llama", path)
+        async with harness.stream() as stream:
+            number = await stream.open("llama", PROMPT, 400)
+            await stream.prefill("llama", {number: (0, 5)})
+            await stream.first_step(await stream.start_decode("llama", [number], 399))
+            print((await harness.info()).executors[0].pid, flush=True)
+            await asyncio.Event().wait()
+
+configure_logs("worker")
+asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
+def test_when_the_worker_is_killed_its_executor_ends_and_its_memory_is_free(
+    directory: Path, fake: FakeRuntime, llama: Path
+) -> None:
+    worker = start(WORKER, str(directory), str(llama), stdout=subprocess.PIPE)
+    assert worker.stdout is not None
+    try:
+        executor = psutil.Process(int(worker.stdout.readline()))
+    finally:
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
+    _, alive = psutil.wait_procs([executor], 10)
+    assert not alive
+
+
+def settings(**values: object) -> WorkerSettings:
+    return WorkerSettings(id="w", **{**GPU, **values})  # type: ignore[arg-type]
+
+
+def test_a_partition_that_the_device_does_not_offer_is_named_and_takes_no_memory(
+    directory: Path, fake: FakeRuntime, llama: Path
+) -> None:
+    with pytest.raises(DeviceError, match="partition: mps cannot be had: nvidia-cuda-mps-control is not"):
+        CudaDevice(settings(partition="mps"), cuda(directory, llama, fake))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"device": "tpu"}, "'tpu' is neither cpu nor cuda"),
+        ({"device": "cuda:x"}, "'cuda:x' is neither cpu nor cuda"),
+        ({"device": "cpu", "partition": "mps"}, "partition: mps is for a GPU"),
+        ({"device": "cuda", "partition": "threads"}, "partition: threads are for cpu"),
+        ({"partition": "some"}, "partition\n  Input should be"),
+        ({"mps_decode": 0}, "mps_decode"),
+    ],
+)
+def test_a_bad_setting_is_named(values: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        settings(**values)
+    assert reason in str(refused.value)
+
+
+def test_a_machine_without_a_gpu_says_so() -> None:
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("there is one here")
+    command = [sys.executable, "-m", "muxserve.worker", "--set", "id=w", "--set", "device=cuda"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert ended.returncode == 1
+    assert "device: " in ended.stderr
+    assert "Traceback" not in ended.stderr
