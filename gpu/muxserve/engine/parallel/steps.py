@@ -1,8 +1,8 @@
 """Which steps of a decode job run, the same on every rank: else one would wait for another for ever.
 
 That a sequence finishes, all ranks see in the tokens. That the worker ends the lease early, rank 0 alone
-hears, while the others may be a step ahead. So the others run only what rank 0 has granted, and rank 0 grants
-a few steps ahead of its own, that none has to wait, and keeps to what it has granted.
+hears, while the others may be a step ahead. So the others run only what rank 0 has granted. Rank 0 grants the
+step after its own, that none has to wait, and keeps to what it has granted.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-AHEAD = 4
-"""Steps granted ahead: at most so many run after a lease is ended, and one message in two steps suffices."""
+AHEAD = 2
+"""Steps granted from the one that rank 0 begins on: at most so many run when a lease is ended."""
 
 
 class Advance(msgspec.Struct, frozen=True, tag=True):
@@ -69,7 +69,7 @@ class LeadingSteps(Steps):
 
     def _may_run(self, step: int) -> bool:
         with self._changed:
-            if not self._last and self._granted - step <= AHEAD // 2:
+            if not self._last:
                 self._granted = min(step + AHEAD, self._total)
                 self._last = self._granted == self._total
                 self._tell(Advance(self._job, self._granted, self._last))
