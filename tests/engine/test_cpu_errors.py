@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from muxserve.engine.checkpoint import open_checkpoint
-from muxserve.engine.cpu.errors import JobError, UnallocatedBlockError
+from muxserve.engine.errors import JobError, UnallocatedBlockError
 from muxserve.engine.messages import DecodeJob, DecodeRow, PrefillChunk, PrefillJob, Shares, Step
 from tests.engine.cpu import GREEDY, CpuEngine
 from tests.engine.model_factory import make_model

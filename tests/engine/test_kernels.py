@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from muxserve.engine.cpu.attention import BlockAttention
-from muxserve.engine.cpu.errors import JobError, UnallocatedBlockError
 from muxserve.engine.cpu.library import VARIANTS, cpu_flags
+from muxserve.engine.errors import JobError, UnallocatedBlockError
 from muxserve.engine.kernels.interface import KVCache, RaggedBatch
 from muxserve.engine.kernels.reference import ReferenceKernels
 from muxserve.engine.spec import ITEMSIZE, DType, KVLayout

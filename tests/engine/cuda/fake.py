@@ -34,7 +34,17 @@ MIB = 1 << 20
 class FakeRuntime:
     """One process's runtime. The first in a directory says how much memory the device has."""
 
-    def __init__(self, directory: Path, total: int = 64 * MIB, *, devices: int = 1, ipc: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        total: int = 64 * MIB,
+        *,
+        devices: int = 1,
+        ipc: bool = True,
+        pid: int | None = None,
+    ) -> None:
+        """pid: of the process that it is to pass for, which lives."""
+        self._pid = os.getpid() if pid is None else pid
         self._directory = directory
         self._devices = devices
         self._ipc = ipc
@@ -73,14 +83,14 @@ class FakeRuntime:
         with self._file(number).open("wb") as file:
             file.truncate(size)
         with self._registry() as registry:
-            registry["allocations"][number] = {"size": size, "owner": os.getpid(), "open": {}}
+            registry["allocations"][number] = {"size": size, "owner": self._pid, "open": {}}
         return self._map(number)
 
     def free(self, pointer: int) -> None:
         with self._registry() as registry:
             number = self._ids.get(pointer, "")
             allocation = registry["allocations"].get(number)
-            if allocation is None or allocation["owner"] != os.getpid():
+            if allocation is None or allocation["owner"] != self._pid:
                 registry["violations"].append(f"free of {pointer:#x}, which is not allocated")
                 raise RuntimeError("cudaErrorInvalidValue: invalid argument")
             if allocation["open"]:
@@ -101,17 +111,17 @@ class FakeRuntime:
             if allocation is None:
                 registry["violations"].append("a handle was opened after its memory had gone")
                 raise RuntimeError("cudaErrorMapBufferObjectFailed: mapping of buffer object failed")
-            if allocation["owner"] == os.getpid():
+            if allocation["owner"] == self._pid:
                 raise RuntimeError("cudaErrorInvalidContext: invalid device context")
             opened = allocation["open"]
-            opened[str(os.getpid())] = opened.get(str(os.getpid()), 0) + 1
+            opened[str(self._pid)] = opened.get(str(self._pid), 0) + 1
         if number not in self._mappings:
             self._mappings[number] = self._map(number)
         return self._mappings[number]
 
     def ipcCloseMemHandle(self, pointer: int) -> None:
         with self._registry() as registry:
-            number, process = self._ids.get(pointer, ""), str(os.getpid())
+            number, process = self._ids.get(pointer, ""), str(self._pid)
             if self._mappings.get(number) != pointer:
                 registry["violations"].append(f"close of {pointer:#x}, which is not mapped")
                 raise RuntimeError("cudaErrorInvalidValue: invalid argument")
@@ -166,7 +176,7 @@ class FakeRuntime:
     def check(self) -> None:
         """To be called when this process should be done: nobody did wrong, and nothing of it is left."""
         with self._registry() as registry:
-            mine = [a for a in registry["allocations"].values() if a["owner"] == os.getpid()]
+            mine = [a for a in registry["allocations"].values() if a["owner"] == self._pid]
             wrong = [*registry["violations"], *(f"never freed: {a['size']} bytes" for a in mine)]
         if self._views or self._host or self._streams:
             wrong.append("mappings, pinned memory or streams are left")

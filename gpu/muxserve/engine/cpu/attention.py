@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muxserve.engine.cpu.errors import JobError, UnallocatedBlockError
 from muxserve.engine.cpu.library import NO_BLOCK, Layer, Model, load
+from muxserve.engine.errors import JobError, UnallocatedBlockError
 from muxserve.engine.spec import KVLayout
 
 Array = NDArray[Any]

@@ -1,26 +1,7 @@
-"""What goes wrong in the CPU engine.
-
-RuntimeError
-└── NativeLibraryError      the package has no library that loads here
-LookupError
-└── UnallocatedBlockError   tables and job disagree
-ValueError
-└── JobError                a job names what its model does not have
-"""
+"""What goes wrong with the CPU engine itself; with its jobs, see `muxserve.engine.errors`."""
 
 from __future__ import annotations
 
 
 class NativeLibraryError(RuntimeError):
     """The package was installed without the library, or the library does not load."""
-
-
-class UnallocatedBlockError(LookupError):
-    """A job reached a position whose span has no block: the tables and the job disagree."""
-
-    def __init__(self, layer: int) -> None:
-        super().__init__(f"layer {layer}: a sequence of the batch reaches into a span without a block")
-
-
-class JobError(ValueError):
-    """A job that names a slot, position or token that its model does not have."""

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muxserve.engine.cpu.errors import JobError, UnallocatedBlockError
 from muxserve.engine.cpu.library import ABSENT, NO_BLOCK, NO_TOKEN, NOT_FINITE, PARTS, SAMPLING, Job
 from muxserve.engine.cpu.model import NativeModel
+from muxserve.engine.errors import JobError, UnallocatedBlockError
 from muxserve.engine.messages import DecodeJob, PrefillJob, Sampling, Shares, Step, TokenLogprobs
 from muxserve.engine.shares import split_cores
 
