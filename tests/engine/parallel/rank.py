@@ -49,7 +49,7 @@ from muxserve.engine.weights import map_tensors
 Told = PrefillJob | DecodeJob | Advance
 BROKEN = 3
 """Exit code after MeshBroken."""
-AHEAD_OF_ITS_TIME = -1
+NO_JOB = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Rank:
         except Exception as error:
             self.end(error, job.job)
 
-    def end(self, error: Exception, job: int = AHEAD_OF_ITS_TIME) -> None:
+    def end(self, error: Exception, job: int = NO_JOB) -> None:
         """What a rank does when it cannot go on: say so, and end."""
         self._send(JobDone(job, 0, 0.0, f"{type(error).__name__}: {error}"))
         os._exit(BROKEN if isinstance(error, MeshBroken) else 1)

@@ -15,7 +15,6 @@ Where there are more ranks than KV heads, each KV head is on several ranks, whic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -159,10 +158,6 @@ class Shard:
         """The rank's tensors, named and ordered as those of the whole model."""
         for tensor in canonical_tensors(self.whole):
             yield replace(tensor, parts=tuple(cut.shape for cut in self.cuts(tensor)))
-
-    def elements(self) -> int:
-        """Weights on the rank."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors())
 
     def _part(self, length: int) -> Range:
         size = length // self.ranks
