@@ -15,6 +15,7 @@ import torch
 
 from muxserve.engine.kernels.interface import KVCache, Norm, QKNorm
 from muxserve.engine.kernels.triton import tuning
+from muxserve.engine.kernels.triton.advance import advance
 from muxserve.engine.kernels.triton.angles import angles
 from muxserve.engine.kernels.triton.decode import decode_attention
 from muxserve.engine.kernels.triton.gates import gate_mul
@@ -52,14 +53,16 @@ def the_others() -> list[Compiled]:
     batch = SamplingBatch.build(rows, slots=range(ROWS), limits=[100] * ROWS)
     positions, tokens = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, 8192, dtype=torch.int32)
     x, weight = torch.zeros(ROWS, 4096, dtype=torch.bfloat16), torch.zeros(4096)
-    with compiling() as found:
-        sample(torch.zeros(ROWS, 128_256), batch, positions, tokens)
+    with compiling() as compiled:
+        found = sample(torch.zeros(ROWS, 128_256), batch, positions, tokens)
+        outcome, known = torch.zeros(2, ROWS, dtype=torch.int64)
+        advance(found, outcome, known, positions, known, tokens)
         angles(positions, torch.zeros(64), 1.0, torch.bfloat16)
         rms_norm(x, Norm(weight, 1e-5, late=False))
         add_rms_norm(x, x, Norm(weight, 1e-5, late=True), Norm(weight, 1e-5, late=True))
         gate_mul(x, "silu")
         gate_mul(x, "gelu_tanh")
-    return found
+    return compiled
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ SHARED_MEMORY, REGISTERS = 227 * 1024, 64 * 1024
 """Of a program, and of a multiprocessor."""
 SPILLED = {"_angles": 32}
 """Bytes: sin and cos of arguments far above any position keep a few words in memory."""
-NAMES = {"_count", "_penalise", "_weigh", "_choose", "_rms_norm", "_gate_mul", "_angles"}
+NAMES = {"_count", "_penalise", "_weigh", "_choose", "_rms_norm", "_gate_mul", "_angles", "_advance"}
 
 
 def figures(cache: Path, head_dims: list[int]) -> list[dict[str, Any]]:

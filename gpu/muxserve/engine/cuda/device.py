@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class TorchDevice:
         self.torch = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(index)
         self._streams: dict[Lane, torch.cuda.Stream] = {}
-        self._pools: dict[int, tuple[int, int]] = {}
+        self._pools: dict[int, Any] = {}
 
     def enter(self) -> None:
         torch.cuda.set_device(self.torch)
