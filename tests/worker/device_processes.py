@@ -1,7 +1,8 @@
 """Executor and loader processes on a fake device: `python -m tests.worker.device_processes ROLE DIRECTORY …`.
 
-The executor computes next to nothing, but with what the worker gave it: it maps arena and weights, compares
-the weights with the checkpoint, keeps tokens in the blocks that it was told, and makes text out of them.
+An `executor` computes next to nothing, but with what the worker gave it: it maps arena and weights, compares
+the weights with the checkpoint, keeps tokens in the blocks that it was told, and makes text out of them. An
+`interpreter` has the runner of a GPU, with interpreted kernels.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from muxserve.engine.messages import (
     Shares,
     Step,
 )
+from muxserve.engine.runner import Runner
 from muxserve.engine.spec import KVLayout
 from muxserve.engine.tables import TableViews
 from muxserve.worker import loader_process
@@ -206,14 +208,30 @@ class CheckingRunner:
         pass
 
 
+def interpreting_runner(runtime: FakeRuntime) -> Runner:
+    """What computes on a GPU, slowly."""
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    from muxserve.engine.cuda.driver import Driver
+    from muxserve.engine.cuda.green import GreenContexts
+    from muxserve.engine.cuda.runner import CudaRunner
+    from tests.engine.cuda.fake_driver import FakeDriver
+    from tests.engine.cuda.host_device import HostDevice
+
+    return CudaRunner(0, HostDevice(), GreenContexts(Driver(FakeDriver(), 0)), runtime)
+
+
 def main() -> None:
-    """ROLE is `executor` or `loader`; an executor's checkpoint follows the directory."""
+    """ROLE is `executor`, `interpreter` or `loader`; an executor's checkpoint follows the directory."""
     role, directory, *rest = sys.argv[1:]
     runtime = FakeRuntime(Path(directory))
-    if role == "loader":
-        sys.exit(loader_process.main(rest, runtime))
-    path, *rest = rest
-    executor.main(rest, lambda options: CheckingRunner(runtime, Path(path), options.partition))
+    match role:
+        case "loader":
+            sys.exit(loader_process.main(rest, runtime))
+        case "interpreter":
+            executor.main(rest, lambda _: interpreting_runner(runtime))
+        case "executor":
+            path, *rest = rest
+            executor.main(rest, lambda options: CheckingRunner(runtime, Path(path), options.partition))
 
 
 if __name__ == "__main__":

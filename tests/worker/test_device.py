@@ -4,6 +4,7 @@ and weights there, one executor takes jobs of both kinds, and nothing is left wh
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -17,9 +18,11 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
+from muxserve.engine import loader
 from muxserve.engine.checkpoint import open_checkpoint
-from muxserve.engine.cuda.runtime import DeviceError
+from muxserve.engine.cuda.runtime import DeviceError, cuda_runtime
 from muxserve.worker.cuda_device import Cuda, CudaDevice, mps_directory
+from muxserve.worker.device import open_device
 from muxserve.worker.settings import WorkerSettings
 from tests.engine.cuda.fake import MIB, FakeRuntime
 from tests.engine.cuda.fake_driver import FakeDriver
@@ -49,13 +52,15 @@ def fake(directory: Path) -> Iterator[FakeRuntime]:
     assert runtime.memGetInfo() == (64 * MIB, 64 * MIB)
 
 
-def cuda(directory: Path, path: Path, runtime: FakeRuntime, mps_program: str = "none") -> Cuda:
+def cuda(directory: Path, path: Path | None, runtime: FakeRuntime, mps_program: str = "none") -> Cuda:
+    """path: the checkpoint that the executor checks weights against; None: it computes."""
     module = "tests.worker.device_processes"
+    role = ("interpreter", str(directory)) if path is None else ("executor", str(directory), str(path))
     return Cuda(
         runtime=runtime,
         driver=FakeDriver(),
         mps_program=mps_program,
-        executor=(module, "executor", str(directory), str(path)),
+        executor=(module, *role),
         loader=(module, "loader", str(directory)),
     )
 
@@ -105,6 +110,22 @@ async def test_a_model_comes_speaks_and_goes(
         assert fake.memGetInfo()[0] == loaded
         await harness.unload("again")
         assert fake.memGetInfo()[0] == empty
+
+
+async def test_a_gpu_says_what_cores_say(directory: Path, fake: FakeRuntime, llama: Path, qwen: Path) -> None:
+    """With the runner of a GPU, its kernels interpreted, and all that is around it."""
+    prompts, models = [PROMPT, PROMPT[1:] * 3], {"llama": llama, "qwen": qwen}
+    said = []
+    for make in (open_device, lambda settings: CudaDevice(settings, cuda(directory, None, fake))):
+        device = {} if make is open_device else GPU
+        async with running_worker(make, **device) as harness:
+            for name, path in models.items():
+                await harness.load(name, path, dtype="float32")
+            async with harness.stream() as stream:
+                texts = [stream.generate(name, prompts, 4, chunk=8) for name in models]
+                said.append(await asyncio.gather(*texts))
+            await harness.assert_idle()
+    assert said[0] == said[1]
 
 
 async def test_one_executor_runs_a_prefill_beside_a_decode_job(
@@ -167,6 +188,31 @@ async def test_a_checkpoint_that_turns_out_broken_leaves_no_memory_behind(
             await harness.load("llama", broken)
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert fake.memGetInfo()[0] == 60 * MIB
+
+
+async def test_a_load_that_is_given_up_leaves_no_memory_behind(
+    gpu: Callable[[WorkerSettings], CudaDevice], fake: FakeRuntime, llama: Path
+) -> None:
+    async with running_worker(gpu, **GPU) as harness:
+        load = asyncio.create_task(harness.load("llama", llama))
+        async with asyncio.timeout(LIMIT):
+            while fake.memGetInfo()[0] == 60 * MIB:
+                await harness.info()
+        await harness.unload("llama")
+        with pytest.raises(grpc.aio.AioRpcError) as given_up:
+            await load
+        assert given_up.value.code() == grpc.StatusCode.ABORTED
+        assert fake.memGetInfo()[0] == 60 * MIB
+
+
+def test_a_loader_says_what_is_wrong_with_the_device(
+    fake: FakeRuntime, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--path", str(llama), "--dtype", "float32", "--handle", "ab" * 64, "--device", "5"]
+    assert loader.main(arguments, fake) == 3
+    said = json.loads(capsys.readouterr().err)
+    assert said["field"] == "device"
+    assert "cudaErrorInvalidDevice" in said["reason"]
 
 
 async def test_with_mps_there_are_two_executors_each_with_its_percentage(
@@ -263,6 +309,34 @@ def test_a_bad_setting_is_named(values: dict[str, object], reason: str) -> None:
     with pytest.raises(ValidationError) as refused:
         settings(**values)
     assert reason in str(refused.value)
+
+
+@pytest.mark.gpu
+async def test_a_real_gpu_says_what_cores_say(llama: Path, qwen: Path) -> None:
+    try:
+        runtime = cuda_runtime()
+    except DeviceError as error:
+        pytest.skip(str(error))
+    before, _ = runtime.memGetInfo()
+    prompts, models = [PROMPT, PROMPT * 30], {"llama": llama, "qwen": qwen}
+    said = []
+    for device in ("cpu", "cuda"):
+        async with running_worker(device=device) as harness:
+            for name, path in models.items():
+                await harness.load(name, path, dtype="float32")
+            async with harness.stream() as stream:
+                texts = [stream.generate(name, prompts, 30, chunk=100) for name in models]
+                said.append(await asyncio.gather(*texts))
+            pid = (await harness.info()).executors[0].pid
+            os.kill(pid, signal.SIGKILL)
+            await restarted(harness, pid)
+            async with harness.stream() as stream:
+                assert await stream.generate("qwen", prompts, 30) == said[-1][1]
+            for name in models:
+                await harness.unload(name)
+            await harness.assert_idle()
+    assert said[0] == said[1]
+    assert abs(runtime.memGetInfo()[0] - before) < 64 * MIB, "of 0.5 GiB at least that its contexts took"
 
 
 def test_a_machine_without_a_gpu_says_so() -> None:

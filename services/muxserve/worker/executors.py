@@ -111,6 +111,11 @@ class ExecutorProcess:
         self._supervisor: asyncio.Task[None] | None = None
         self.broken: asyncio.Future[None] = self._loop.create_future()
 
+    @property
+    def title(self) -> str:
+        """For people."""
+        return "the executor" if self.kind == "both" else f"the {self.kind} executor"
+
     async def start(self) -> None:
         """Returns when it is ready. Raises ExecutorFailed if the first attempt comes to nothing."""
         self._supervisor = asyncio.create_task(self._supervise(), name=f"executor-{self.kind}")
@@ -163,7 +168,7 @@ class ExecutorProcess:
             finally:
                 code = await self._end(child)
             if not self._started.done():
-                reason = f"the {self.kind} executor ended with code {code} before it was ready"
+                reason = f"{self.title} ended with code {code} before it was ready"
                 self._started.set_exception(ExecutorFailed(reason))
                 return
             log.warning("executor lost", kind=self.kind, pid=child.pid, code=code)

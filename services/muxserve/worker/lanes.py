@@ -166,7 +166,7 @@ class Lane:
     def on_executor(self) -> None:
         """The executor is ready, or has died."""
         if self.executor.ready is None and (running := self._running) is not None:
-            self._end(running, Outcome.EXECUTOR_LOST, 0, 0.0, f"the {self.executor.kind} executor died")
+            self._end(running, Outcome.EXECUTOR_LOST, 0, 0.0, f"{self.executor.title} died")
         self._start_next()
 
     def _end(self, running: _Running, outcome: Outcome, steps: int, seconds: float, error: str) -> None:
