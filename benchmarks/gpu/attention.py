@@ -8,7 +8,7 @@ several times what the caches hold, and is replayed as a graph: to launch it cos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ from benchmarks.gpu.timing import graph_seconds
 from muxserve.engine.kernels.interface import KVCache
 from muxserve.engine.kernels.triton.decode import decode_attention
 from muxserve.engine.kernels.triton.prefill import prefill_attention
-from muxserve.engine.kernels.triton.tuning import decode_launch, splits
+from muxserve.engine.kernels.triton.tuning import DecodeLaunch, PrefillLaunch, decode_launch, splits
 from muxserve.engine.spec import ITEMSIZE
+
+Launch = DecodeLaunch | PrefillLaunch
 
 AT_LEAST = 384 * 2**20
 """Bytes that a call reads: several times what the largest cache holds (60 MB)."""
@@ -37,13 +39,13 @@ def run(context: Context) -> dict[str, Any]:
     found: dict[str, Any] = {"decode": [], "prefill": [], "not_compiled": [], "left_out": []}
     groups = [*decode_cells(context), *prefill_cells(context)]
     if context.cuda:
-        different = list({_key(cell): cell for group in groups for cell in group}.values())
+        different = [(cell, None) for cell in {_key(c): c for group in groups for c in group}.values()]
         context.keep(found, f"compiling {len(different)} kernels")
-        for cell, error in side_by_side(context, compile_cell, different):
+        for (cell, _), error in side_by_side(context, compiled, different):
             if isinstance(error, Exception):
                 found["not_compiled"].append({"cell": f"{cell.title}, {cell.name}", "error": str(error)})
     with torch.inference_mode():
-        arena = _arena(context, groups)
+        arena = arena_for(context, [cell for group in groups for cell in group])
         for group in groups:
             if not context.enough(3):
                 found["left_out"].append(group[0].title)
@@ -67,25 +69,27 @@ def _key(cell: Cell) -> tuple[object, ...]:
     return (*fixed, splits(device, launch, rows, cell.longest))
 
 
-def compile_cell(cell: Cell) -> bool:
-    """Launch it once, with nothing to do, in a process of its own: the code is in Triton's cache then."""
+def compiled(what: tuple[Cell, Launch | None]) -> bool:
+    """Launch a cell once, with nothing to do: the code is in Triton's cache then. Raises what Triton says if
+    it does not fit the device."""
+    cell, launch = what
     layout = cell.layout
     arena = torch.zeros(2 * layout.block_bytes, dtype=torch.uint8, device="cuda")
-    spans = layout.spans(cell.longest)
-    table = torch.zeros(1, len(cell.pieces), layout.kv_heads, spans, dtype=torch.int32, device="cuda")
+    shape = (1, len(cell.pieces), layout.kv_heads, layout.spans(cell.longest))
+    cache = KVCache.over(arena, torch.zeros(shape, dtype=torch.int32, device="cuda"), layout)
     empty = Cell(cell.shape, ((0, 1),) * len(cell.pieces))
-    _call(cell, KVCache.over(arena, table, layout), _Batch.of(empty, "cuda"))()
+    bound_call(cell, cache, Batch.of(empty, "cuda"), 0, launch)()
     torch.cuda.synchronize()
     return True
 
 
-def _arena(context: Context, groups: list[tuple[Cell, ...]]) -> Tensor:
+def arena_for(context: Context, cells: Sequence[Cell]) -> Tensor:
     """Full of random numbers, and a quarter larger than the most that is read."""
-    needed = max(_layers(cell) * _taken(cell) for group in groups for cell in group)
+    needed = max(layers_of(cell) * _taken(cell) for cell in cells)
     size = -(-needed * 5 // 4 // (1 << 20)) * (1 << 20)
     arena = torch.empty(size, dtype=torch.uint8, device=context.torch_device)
     for part in torch.split(arena, 1 << 30):
-        part.view(getattr(torch, groups[0][0].shape.dtype)).normal_()
+        part.view(getattr(torch, cells[0].shape.dtype)).normal_()
     return arena
 
 
@@ -95,14 +99,15 @@ def _taken(cell: Cell) -> int:
     return len(cell.pieces) * layout.kv_heads * layout.spans(cell.longest) * layout.block_bytes
 
 
-def _layers(cell: Cell) -> int:
+def layers_of(cell: Cell) -> int:
+    """With blocks of their own, to be gone over by one call."""
     return max(1, min(256, -(-AT_LEAST // cell.kv_bytes))) if cell.shape.dtype == "bfloat16" else 2
 
 
 def _measure(context: Context, group: tuple[Cell, ...], arena: Tensor) -> dict[str, Any]:
     first = group[0]
-    layers, device = _layers(first), context.torch_device
-    batch = _Batch.of(first, context.device)
+    layers, device = layers_of(first), context.torch_device
+    batch = Batch.of(first, context.device)
     found: dict[str, Any] = {
         "shape": first.shape.name,
         "title": first.title,
@@ -115,7 +120,7 @@ def _measure(context: Context, group: tuple[Cell, ...], arena: Tensor) -> dict[s
     }
     for _ in range(ROUNDS):
         for cell in group:
-            cache = KVCache.over(arena, _table(cell, layers, arena, device), cell.layout)
+            cache = KVCache.over(arena, table_of(cell, layers, arena, device), cell.layout)
             once = graph_seconds(_layered(cell, cache, batch, layers), device, 0.03) / layers
             found["seconds"][cell.name] = min(once, found["seconds"].get(cell.name, once))
     try:
@@ -134,7 +139,8 @@ def _measure(context: Context, group: tuple[Cell, ...], arena: Tensor) -> dict[s
     return found
 
 
-def _table(cell: Cell, layers: int, arena: Tensor, device: torch.device) -> Tensor:
+def table_of(cell: Cell, layers: int, arena: Tensor, device: torch.device) -> Tensor:
+    """Block ids, as the cell's order says."""
     layout = cell.layout
     shape = (layers, len(cell.pieces), layout.kv_heads, layout.spans(cell.longest))
     count = math.prod(shape)
@@ -147,7 +153,7 @@ def _table(cell: Cell, layers: int, arena: Tensor, device: torch.device) -> Tens
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """What goes with a cell, on its device."""
 
     query: Tensor
@@ -156,10 +162,10 @@ class _Batch:
     lengths: Tensor
 
     @staticmethod
-    def of(cell: Cell, device: str) -> _Batch:
+    def of(cell: Cell, device: str) -> Batch:
         shape, counts = cell.shape, torch.tensor([0, *(new for _, new in cell.pieces)])
         query = torch.randn(int(counts.sum()), shape.heads, shape.head_dim, device=device)
-        return _Batch(
+        return Batch(
             query.to(getattr(torch, shape.dtype)),
             torch.arange(len(cell.pieces), device=device),
             counts.cumsum(0).to(device),
@@ -167,19 +173,28 @@ class _Batch:
         )
 
 
-def _call(cell: Cell, cache: KVCache, batch: _Batch, layer: int = 0) -> Callable[[], Tensor]:
-    scale = cell.shape.head_dim**-0.5
+def bound_call(
+    cell: Cell,
+    cache: KVCache,
+    batch: Batch,
+    layer: int = 0,
+    launch: DecodeLaunch | PrefillLaunch | None = None,
+) -> Callable[[], Tensor]:
+    """The kernel with its arguments. launch: instead of what the tuning table says."""
+    how = (batch.query, cell.shape.head_dim**-0.5, None, None)
     if cell.decode:
+        assert not isinstance(launch, PrefillLaunch)
         return lambda: decode_attention(
-            cache, layer, batch.slots, batch.lengths, batch.query, scale, None, None, longest=cell.longest
+            cache, layer, batch.slots, batch.lengths, *how, longest=cell.longest, launch=launch
         )
+    assert not isinstance(launch, DecodeLaunch)
     return lambda: prefill_attention(
-        cache, layer, batch.slots, batch.starts, batch.lengths, batch.query, scale, None, None
+        cache, layer, batch.slots, batch.starts, batch.lengths, *how, launch=launch
     )
 
 
-def _layered(cell: Cell, cache: KVCache, batch: _Batch, layers: int) -> Callable[[], None]:
-    calls = [_call(cell, cache, batch, layer) for layer in range(layers)]
+def _layered(cell: Cell, cache: KVCache, batch: Batch, layers: int) -> Callable[[], None]:
+    calls = [bound_call(cell, cache, batch, layer) for layer in range(layers)]
 
     def all_layers() -> None:
         for call in calls:

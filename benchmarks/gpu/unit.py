@@ -78,7 +78,7 @@ class Unit:
         self._attach = AttachArena(block_bytes=block_bytes, blocks=blocks, cuda_handle=arena.handle)
         # Blocks are given out in no order: that is how they lie in a unit that has run for a while.
         self._free = np.random.default_rng(1).permutation(blocks).astype(np.int32)
-        self._models: dict[str, Served] = {}
+        self.models: dict[str, Served] = {}
         self._runner: CudaRunner | None = None
         self._numbers = itertools.count()
         self.reason = ""
@@ -90,7 +90,7 @@ class Unit:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shut()
-        for name in list(self._models):
+        for name in list(self.models):
             self.remove(name)
         self._undo.close()
 
@@ -106,7 +106,7 @@ class Unit:
         device, lanes, self.reason = _device(self._device, partition, eager)
         self._runner = CudaRunner(0, device, lanes, self.runtime)
         self._runner.attach(self._attach, [])
-        for model in self._models.values():
+        for model in self.models.values():
             self._runner.add(model.command, [os.dup(model.tables.fd)])
 
     def shut(self) -> None:
@@ -159,12 +159,12 @@ class Unit:
         if self._runner is not None:
             self._runner.add(command, [os.dup(tables.fd)])
         weights.release()
-        self._models[name] = served = Served(name, spec, layout, tables, command, held)
+        self.models[name] = served = Served(name, spec, layout, tables, command, held)
         return served
 
     def remove(self, name: str) -> None:
         """Give up a model, which has no blocks any more, and its weights."""
-        model = self._models.pop(name)
+        model = self.models.pop(name)
         if self._runner is not None:
             self._runner.remove(name)
         model.tables.close()
