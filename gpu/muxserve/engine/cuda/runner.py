@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +25,10 @@ from muxserve.engine.messages import AddModel, AttachArena, DecodeJob, PrefillJo
 from muxserve.engine.models.decoder import Decoder
 from muxserve.engine.shares import PartitionName, detect
 from muxserve.engine.tables import TableViews
+
+
+_SWITCH = 0.0002
+"""Seconds."""
 
 
 class DeviceLost(RuntimeError):
@@ -173,6 +178,9 @@ def open_runner(index: int, wanted: PartitionName | str = "auto") -> tuple[CudaR
     """
     from muxserve.engine.cuda.device import TorchDevice  # needs torch with CUDA
 
+    # A thread that launches a prefill's kernels holds the interpreter until another asks for it so long: by
+    # default as long as a decode step takes.
+    sys.setswitchinterval(_SWITCH)
     offer = detect(f"cuda:{index}", probe(index), wanted)  # type: ignore[arg-type]  # checked there
     device = TorchDevice(index)
     device.enter()
