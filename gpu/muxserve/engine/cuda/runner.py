@@ -26,7 +26,6 @@ from muxserve.engine.models.decoder import Decoder
 from muxserve.engine.shares import PartitionName, detect
 from muxserve.engine.tables import TableViews
 
-
 _SWITCH = 0.0002
 """Seconds."""
 
