@@ -30,6 +30,7 @@ from tests.engine.cuda.processes import start
 from tests.engine.cuda.test_mps import ended, program, running
 from tests.worker.device_processes import next_token, salt
 from tests.worker.harness import LIMIT, Harness, running_worker
+from tests.worker.random_orders import give_random_orders
 
 PROMPT = [7, 11, 13, 17, 19]
 GPU = {"device": "cuda:0", "arena": 4 * MIB}
@@ -163,6 +164,17 @@ async def test_an_executor_that_dies_loses_its_jobs_of_both_kinds_and_comes_back
             assert await stream.generate("llama", [PROMPT], 20) == [text(llama, PROMPT, 20)]
         assert (await harness.info()).executors[0].restarts == 1
         await harness.assert_idle()
+
+
+async def test_whatever_a_scheduler_does_every_job_ends_and_every_block_comes_back(
+    gpu: Callable[[WorkerSettings], CudaDevice], llama: Path
+) -> None:
+    async with running_worker(gpu, **GPU) as harness:
+        await harness.load("llama", llama)
+        await give_random_orders(harness, PROMPT, seed=3)
+        assert harness.worker.lanes.executors[0].restarts == 2
+        async with harness.stream() as stream:
+            assert await stream.generate("llama", [PROMPT], 20) == [text(llama, PROMPT, 20)]
 
 
 async def test_weights_that_the_device_has_no_room_for_are_refused(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest_asyncio
 from muxserve.engine.arena import SharedArena
 from muxserve.v1 import worker_pb2
 from tests.worker.harness import LIMIT, Harness, Stream, running_worker
+from tests.worker.random_orders import give_random_orders
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -130,42 +130,6 @@ async def test_a_sequence_whose_logits_are_not_finite_fails_alone(fragile: Harne
 async def test_whatever_a_scheduler_does_every_job_ends_and_every_block_comes_back(
     fragile: Harness, seed: int
 ) -> None:
-    """Orders at random, most of them sensible, mostly without waiting; executors are killed in between."""
-    chooser = random.Random(seed)
-    async with fragile.stream() as stream:
-        lengths: dict[int, int] = {}
-        jobs: list[int] = []
-        dead = {0}
-        for turn in range(100):
-            prompt = PROMPT * chooser.randint(1, 60)
-            lengths[await stream.open("llama", prompt, 100)] = len(prompt)
-            some = chooser.sample(sorted(lengths), min(len(lengths), chooser.randint(1, 5)))
-            match chooser.choice(["prefill", "prefill", "decode", "decode", "end", "close", "wait"]):
-                case "prefill":
-                    early = chooser.random() < 0.1
-                    chunks = {number: (0, lengths[number] - early) for number in some}
-                    jobs.append(await stream.start_prefill("llama", chunks, 0.5))
-                case "decode":
-                    jobs.append(await stream.start_decode("llama", some, chooser.choice([1, 8, 100]), 0.5))
-                case "end" if jobs:
-                    await stream.say(end_lease=worker_pb2.EndLease(job=chooser.choice(jobs)))
-                case "close":
-                    await stream.close(*some)
-                case "wait" if jobs:
-                    await stream.result(jobs[-1])
-            if turn in (40, 80):
-                victim = chooser.choice(
-                    [e.pid for e in (await fragile.info()).executors if e.pid not in dead]
-                )
-                os.kill(victim, signal.SIGKILL)
-                dead.add(victim)
-        results = [await stream.result(job) for job in jobs]
-        assert {result.outcome for result in results} <= {"OK", "FAILED", "EXECUTOR_LOST"}
-        assert any(result.steps for result in results)
-    await fragile.assert_idle()
-    fragile.worker.models.loaded[0].tables.check_integrity()
-    async with asyncio.timeout(LIMIT):
-        while dead & {executor.pid for executor in (await fragile.info()).executors}:
-            pass
+    await give_random_orders(fragile, PROMPT, seed)
     async with fragile.stream() as stream:
         assert len((await stream.generate("llama", [PROMPT], 20))[0]) == 20
