@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from muxserve.worker.cuda_device import CudaDevice
+from muxserve.worker.settings import WorkerSettings
+from tests.engine.cuda.fake import MIB, FakeRuntime
 from tests.engine.model_factory import make_model
+from tests.worker.gpu import cuda
 from tests.worker.harness import Harness, running_worker
 
 
@@ -38,3 +42,26 @@ async def worker(shared: Harness) -> AsyncIterator[Harness]:
     """That worker; after the test nothing may be left in its pool."""
     yield shared
     await shared.assert_idle()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """The directory that is a device to all processes of the test."""
+    path = tmp_path / "device"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def fake(directory: Path) -> Iterator[FakeRuntime]:
+    """The worker's runtime; in the end nobody has done wrong, and nothing is left."""
+    runtime = FakeRuntime(directory)
+    yield runtime
+    runtime.check()
+    assert runtime.memGetInfo() == (64 * MIB, 64 * MIB)
+
+
+@pytest.fixture
+def gpu(directory: Path, fake: FakeRuntime, llama: Path) -> Callable[[WorkerSettings], CudaDevice]:
+    """What makes the worker's device."""
+    return lambda settings: CudaDevice(settings, cuda(directory, llama, fake))

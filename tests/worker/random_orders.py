@@ -13,10 +13,8 @@ from tests.worker.harness import LIMIT, Harness, Stream
 
 
 async def give_random_orders(harness: Harness, prompt: Sequence[int], seed: int) -> None:
-    """Orders for model "llama", most of them sensible, mostly without waiting; executors are killed meanwhile.
-
-    In the end every job has ended, every block is free, and all executors are back.
-    """
+    """Orders for "llama", most of them sensible, mostly without waiting; executors are killed meanwhile.
+    In the end every job has ended, every block is free, and all executors are back."""
     chooser = random.Random(seed)
     dead = {0}
     async with harness.stream() as stream:

@@ -9,86 +9,28 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
-from pydantic import ValidationError
 
 from muxserve.engine import loader
-from muxserve.engine.checkpoint import open_checkpoint
 from muxserve.engine.cuda.runtime import DeviceError, cuda_runtime
-from muxserve.worker.cuda_device import Cuda, CudaDevice, mps_directory
+from muxserve.worker.cuda_device import CudaDevice
 from muxserve.worker.device import open_device
 from muxserve.worker.settings import WorkerSettings
 from tests.engine.cuda.fake import MIB, FakeRuntime
-from tests.engine.cuda.fake_driver import FakeDriver
 from tests.engine.cuda.processes import start
-from tests.engine.cuda.test_mps import ended, program, running
-from tests.worker.device_processes import next_token, salt
-from tests.worker.harness import LIMIT, Harness, running_worker
+from tests.worker.gpu import GPU, PROMPT, cuda, restarted, text
+from tests.worker.harness import LIMIT, running_worker
 from tests.worker.random_orders import give_random_orders
 
-PROMPT = [7, 11, 13, 17, 19]
-GPU = {"device": "cuda:0", "arena": 4 * MIB}
+MakeDevice = Callable[[WorkerSettings], CudaDevice]
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """The directory that is a device to all processes of the test."""
-    path = tmp_path / "device"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def fake(directory: Path) -> Iterator[FakeRuntime]:
-    """The worker's runtime; in the end nobody has done wrong, and nothing is left."""
-    runtime = FakeRuntime(directory)
-    yield runtime
-    runtime.check()
-    assert runtime.memGetInfo() == (64 * MIB, 64 * MIB)
-
-
-def cuda(directory: Path, path: Path | None, runtime: FakeRuntime, mps_program: str = "none") -> Cuda:
-    """path: the checkpoint that the executor checks weights against; None: it computes."""
-    module = "tests.worker.device_processes"
-    role = ("interpreter", str(directory)) if path is None else ("executor", str(directory), str(path))
-    return Cuda(
-        runtime=runtime,
-        driver=FakeDriver(),
-        mps_program=mps_program,
-        executor=(module, *role),
-        loader=(module, "loader", str(directory)),
-    )
-
-
-@pytest.fixture
-def gpu(directory: Path, fake: FakeRuntime, llama: Path) -> Callable[[WorkerSettings], CudaDevice]:
-    """What makes the worker's device."""
-    return lambda settings: CudaDevice(settings, cuda(directory, llama, fake))
-
-
-def text(path: Path, prompt: list[int], new: int) -> list[int]:
-    """What the executor should say."""
-    told, salted = list(prompt), salt(open_checkpoint(path, "float32"))
-    while len(told) < len(prompt) + new:
-        told.append(next_token(told, salted))
-    return told[len(prompt) :]
-
-
-async def restarted(harness: Harness, pid: int) -> None:
-    async with asyncio.timeout(LIMIT):
-        while (await harness.info()).executors[0].pid in (0, pid):
-            pass
-
-
-async def test_a_model_comes_speaks_and_goes(
-    gpu: Callable[[WorkerSettings], CudaDevice], fake: FakeRuntime, llama: Path
-) -> None:
+async def test_a_model_comes_speaks_and_goes(gpu: MakeDevice, fake: FakeRuntime, llama: Path) -> None:
     async with running_worker(gpu, **GPU) as harness:
         info = await harness.info()
         assert (info.device, info.partition, info.compute_units) == ("fake GPU", "green_contexts", 132)
@@ -129,9 +71,7 @@ async def test_a_gpu_says_what_cores_say(directory: Path, fake: FakeRuntime, lla
     assert said[0] == said[1]
 
 
-async def test_one_executor_runs_a_prefill_beside_a_decode_job(
-    gpu: Callable[[WorkerSettings], CudaDevice], llama: Path
-) -> None:
+async def test_one_executor_runs_a_prefill_beside_a_decode_job(gpu: MakeDevice, llama: Path) -> None:
     async with running_worker(gpu, **GPU) as harness:
         await harness.load("llama", llama)
         async with harness.stream() as stream:
@@ -147,7 +87,7 @@ async def test_one_executor_runs_a_prefill_beside_a_decode_job(
 
 
 async def test_an_executor_that_dies_loses_its_jobs_of_both_kinds_and_comes_back(
-    gpu: Callable[[WorkerSettings], CudaDevice], llama: Path
+    gpu: MakeDevice, llama: Path
 ) -> None:
     async with running_worker(gpu, **GPU) as harness:
         await harness.load("llama", llama)
@@ -167,7 +107,7 @@ async def test_an_executor_that_dies_loses_its_jobs_of_both_kinds_and_comes_back
 
 
 async def test_whatever_a_scheduler_does_every_job_ends_and_every_block_comes_back(
-    gpu: Callable[[WorkerSettings], CudaDevice], llama: Path
+    gpu: MakeDevice, llama: Path
 ) -> None:
     async with running_worker(gpu, **GPU) as harness:
         await harness.load("llama", llama)
@@ -178,7 +118,7 @@ async def test_whatever_a_scheduler_does_every_job_ends_and_every_block_comes_ba
 
 
 async def test_weights_that_the_device_has_no_room_for_are_refused(
-    gpu: Callable[[WorkerSettings], CudaDevice], fake: FakeRuntime, llama: Path
+    gpu: MakeDevice, fake: FakeRuntime, llama: Path
 ) -> None:
     taken = fake.malloc(59 * MIB)
     async with running_worker(gpu, weight_budget=2**40, **GPU) as harness:
@@ -190,7 +130,7 @@ async def test_weights_that_the_device_has_no_room_for_are_refused(
 
 
 async def test_a_checkpoint_that_turns_out_broken_leaves_no_memory_behind(
-    gpu: Callable[[WorkerSettings], CudaDevice], fake: FakeRuntime, llama: Path, tmp_path: Path
+    gpu: MakeDevice, fake: FakeRuntime, llama: Path, tmp_path: Path
 ) -> None:
     broken = Path(shutil.copytree(llama, tmp_path / "broken"))
     async with running_worker(gpu, **GPU) as harness:
@@ -203,7 +143,7 @@ async def test_a_checkpoint_that_turns_out_broken_leaves_no_memory_behind(
 
 
 async def test_a_load_that_is_given_up_leaves_no_memory_behind(
-    gpu: Callable[[WorkerSettings], CudaDevice], fake: FakeRuntime, llama: Path
+    gpu: MakeDevice, fake: FakeRuntime, llama: Path
 ) -> None:
     async with running_worker(gpu, **GPU) as harness:
         load = asyncio.create_task(harness.load("llama", llama))
@@ -227,34 +167,6 @@ def test_a_loader_says_what_is_wrong_with_the_device(
     assert "cudaErrorInvalidDevice" in said["reason"]
 
 
-async def test_with_mps_there_are_two_executors_each_with_its_percentage(
-    directory: Path, fake: FakeRuntime, llama: Path, tmp_path: Path
-) -> None:
-    control = program(tmp_path)
-    settings = {**GPU, "partition": "mps", "mps_prefill": 70, "mps_decode": 40, "id": f"mps-{os.getpid()}"}
-
-    def make(settings: WorkerSettings) -> CudaDevice:
-        return CudaDevice(settings, cuda(directory, llama, fake, control))
-
-    async with running_worker(make, **settings) as harness:
-        folder = mps_directory(harness.worker.settings)
-        daemon = running(folder)
-        info = await harness.info()
-        assert info.partition == "mps"
-        found = {}
-        for each in info.executors:
-            environment = psutil.Process(each.pid).environ()
-            assert environment["CUDA_MPS_PIPE_DIRECTORY"] == str(folder / "pipe")
-            found[each.kind] = environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]
-        assert found == {"prefill": "70", "decode": "40"}
-        await harness.load("llama", llama)
-        async with harness.stream() as stream:
-            assert await stream.generate("llama", [PROMPT], 20) == [text(llama, PROMPT, 20)]
-    assert ended(daemon)
-    assert not folder.exists()
-    os.close(daemon)
-
-
 WORKER = """
 import asyncio, os, sys
 from pathlib import Path
@@ -262,7 +174,7 @@ from muxserve.common.process import configure_logs
 from muxserve.worker.cuda_device import CudaDevice
 from tests.engine.cuda.fake import FakeRuntime
 from tests.worker.harness import running_worker
-from tests.worker.test_device import GPU, PROMPT, cuda
+from tests.worker.gpu import GPU, PROMPT, cuda
 
 async def main(directory, path):
     made_of = cuda(directory, path, FakeRuntime(directory))
@@ -295,34 +207,6 @@ def test_when_the_worker_is_killed_its_executor_ends_and_its_memory_is_free(
     assert not alive
 
 
-def settings(**values: object) -> WorkerSettings:
-    return WorkerSettings(id="w", **{**GPU, **values})  # type: ignore[arg-type]
-
-
-def test_a_partition_that_the_device_does_not_offer_is_named_and_takes_no_memory(
-    directory: Path, fake: FakeRuntime, llama: Path
-) -> None:
-    with pytest.raises(DeviceError, match="partition: mps cannot be had: nvidia-cuda-mps-control is not"):
-        CudaDevice(settings(partition="mps"), cuda(directory, llama, fake))
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        ({"device": "tpu"}, "'tpu' is neither cpu nor cuda"),
-        ({"device": "cuda:x"}, "'cuda:x' is neither cpu nor cuda"),
-        ({"device": "cpu", "partition": "mps"}, "partition: mps is for a GPU"),
-        ({"device": "cuda", "partition": "threads"}, "partition: threads are for cpu"),
-        ({"partition": "some"}, "partition\n  Input should be"),
-        ({"mps_decode": 0}, "mps_decode"),
-    ],
-)
-def test_a_bad_setting_is_named(values: dict[str, object], reason: str) -> None:
-    with pytest.raises(ValidationError) as refused:
-        settings(**values)
-    assert reason in str(refused.value)
-
-
 @pytest.mark.gpu
 async def test_a_real_gpu_says_what_cores_say(llama: Path, qwen: Path) -> None:
     try:
@@ -349,13 +233,3 @@ async def test_a_real_gpu_says_what_cores_say(llama: Path, qwen: Path) -> None:
             await harness.assert_idle()
     assert said[0] == said[1]
     assert abs(runtime.memGetInfo()[0] - before) < 64 * MIB, "of 0.5 GiB at least that its contexts took"
-
-
-def test_a_machine_without_a_gpu_says_so() -> None:
-    if any(Path("/dev").glob("nvidia[0-9]*")):
-        pytest.skip("there is one here")
-    command = [sys.executable, "-m", "muxserve.worker", "--set", "id=w", "--set", "device=cuda"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    assert ended.returncode == 1
-    assert "device: " in ended.stderr
-    assert "Traceback" not in ended.stderr
