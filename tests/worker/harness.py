@@ -185,19 +185,24 @@ class Stream:
         await self.say(close=worker_pb2.CloseSequences(sequences=numbers))
 
     async def start_prefill(
-        self, model: str, chunks: Mapping[int, tuple[int, int]], share: float = 1.0
+        self, model: str, chunks: Mapping[int, tuple[int, int]], share: float = 1.0, borrow: bool = True
     ) -> int:
         job = self._new_job()
         each = [
             worker_pb2.PrefillJob.Chunk(sequence=number, start=start, end=end)
             for number, (start, end) in chunks.items()
         ]
-        await self.say(prefill=worker_pb2.PrefillJob(job=job, model=model, chunks=each, share=share))
+        order = worker_pb2.PrefillJob(job=job, model=model, chunks=each, share=share, borrow=borrow)
+        await self.say(prefill=order)
         return job
 
-    async def start_decode(self, model: str, numbers: Iterable[int], steps: int, share: float = 1.0) -> int:
+    async def start_decode(
+        self, model: str, numbers: Iterable[int], steps: int, share: float = 1.0, borrow: bool = True
+    ) -> int:
         job = self._new_job()
-        order = worker_pb2.DecodeJob(job=job, model=model, sequences=numbers, steps=steps, share=share)
+        order = worker_pb2.DecodeJob(
+            job=job, model=model, sequences=numbers, steps=steps, share=share, borrow=borrow
+        )
         await self.say(decode=order)
         return job
 

@@ -190,6 +190,22 @@ async def test_what_does_not_fit_the_pool_is_refused_alone(worker: Harness) -> N
         assert pool.models[0].peak_blocks >= 5 * 64 * 6
 
 
+async def test_a_job_that_may_not_borrow_is_held_to_the_quota(worker: Harness) -> None:
+    """A span of 8 tokens is 6 blocks: 14 of them fit the quota, the pool has many more."""
+    asked = prompts(56, 56)
+    async with worker.stream() as stream:
+        await stream.say(quotas=worker_pb2.SetQuotas(revision=9, blocks={"llama": 14 * 6}))
+        numbers = [await stream.open("llama", prompt, 20) for prompt in asked]
+        chunks = dict.fromkeys(numbers, (0, 56))
+        within = await stream.result(await stream.start_prefill("llama", chunks, borrow=False))
+        assert not within.refused
+        kept = await stream.result(await stream.start_decode("llama", numbers, 4, borrow=False))
+        assert kept.refused == dict.fromkeys(numbers, "OUT_OF_BLOCKS")
+        assert not (await stream.decode("llama", numbers, 4)).refused
+        assert (await worker.info()).pool.models[0].borrowed_blocks == 2 * 6
+        await stream.say(quotas=worker_pb2.SetQuotas(revision=10, blocks={"llama": 2048}))
+
+
 async def test_more_sequences_than_slots_wait_for_one(worker: Harness) -> None:
     asked = prompts(*[4] * 9)
     async with worker.stream() as stream:

@@ -294,6 +294,9 @@ class ModelBlocks(_message.Message):
     QUOTA_BLOCKS_FIELD_NUMBER: _builtins.int
     BORROWED_BLOCKS_FIELD_NUMBER: _builtins.int
     PEAK_BLOCKS_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PREFIX_QUERY_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     held_blocks: _builtins.int
@@ -304,6 +307,12 @@ class ModelBlocks(_message.Message):
     """Held above quota."""
     peak_blocks: _builtins.int
     """Most it ever held."""
+    cached_blocks: _builtins.int
+    """Held by no sequence but caching prefixes of this model."""
+    prefix_query_tokens: _builtins.int
+    """Tokens of the chunks for which the prefix cache was asked, since the model was loaded."""
+    prefix_hit_tokens: _builtins.int
+    """How many of them were found there."""
     def __init__(
         self,
         *,
@@ -312,10 +321,13 @@ class ModelBlocks(_message.Message):
         quota_blocks: _builtins.int = ...,
         borrowed_blocks: _builtins.int = ...,
         peak_blocks: _builtins.int = ...,
+        cached_blocks: _builtins.int = ...,
+        prefix_query_tokens: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrowed_blocks", b"borrowed_blocks", "held_blocks", b"held_blocks", "model", b"model", "peak_blocks", b"peak_blocks", "quota_blocks", b"quota_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrowed_blocks", b"borrowed_blocks", "cached_blocks", b"cached_blocks", "held_blocks", b"held_blocks", "model", b"model", "peak_blocks", b"peak_blocks", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "quota_blocks", b"quota_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -672,12 +684,17 @@ class PrefillJob(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    BORROW_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """Its number."""
     model: _builtins.str
     """The model."""
     share: _builtins.float
     """Compute share beside decode jobs, in (0, 1]; alone it has all of the device."""
+    borrow: _builtins.bool
+    """Whether the model may hold more blocks than its quota for this job. False: what would take it above its quota is
+    refused, with OUT_OF_BLOCKS, even if the pool has free blocks.
+    """
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillJob.Chunk]:
         """One per sequence."""
@@ -689,10 +706,11 @@ class PrefillJob(_message.Message):
         model: _builtins.str = ...,
         chunks: _abc.Iterable[Global___PrefillJob.Chunk] | None = ...,
         share: _builtins.float = ...,
+        borrow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "job", b"job", "model", b"model", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrow", b"borrow", "chunks", b"chunks", "job", b"job", "model", b"model", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -710,6 +728,7 @@ class DecodeJob(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     LEAD_FIELD_NUMBER: _builtins.int
+    BORROW_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """Its number."""
     model: _builtins.str
@@ -722,6 +741,8 @@ class DecodeJob(_message.Message):
     """When this many steps are left, no token is held back, so that the scheduler hears in time to send the job that is to
     follow.
     """
+    borrow: _builtins.bool
+    """As in PrefillJob."""
     @_builtins.property
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The batch."""
@@ -735,10 +756,11 @@ class DecodeJob(_message.Message):
         steps: _builtins.int = ...,
         share: _builtins.float = ...,
         lead: _builtins.int = ...,
+        borrow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "lead", b"lead", "model", b"model", "sequences", b"sequences", "share", b"share", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrow", b"borrow", "job", b"job", "lead", b"lead", "model", b"model", "sequences", b"sequences", "share", b"share", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -979,6 +1001,7 @@ class JobDone(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     AVAILABLE_BLOCKS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """The job."""
     outcome: Global___JobOutcome.ValueType
@@ -991,6 +1014,10 @@ class JobDone(_message.Message):
     """What went wrong, for people."""
     available_blocks: _builtins.int
     """Blocks free after it, cached ones included."""
+    cached_tokens: _builtins.int
+    """Prompt tokens of a prefill job's chunks whose KV was found in the prefix cache, so that they were not computed. 0 for
+    a decode job.
+    """
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]:
         """Sequences that took no part."""
@@ -1005,10 +1032,11 @@ class JobDone(_message.Message):
         refused: _abc.Iterable[Global___Refusal] | None = ...,
         error: _builtins.str = ...,
         available_blocks: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_blocks", b"available_blocks", "error", b"error", "job", b"job", "outcome", b"outcome", "refused", b"refused", "seconds", b"seconds", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_blocks", b"available_blocks", "cached_tokens", b"cached_tokens", "error", b"error", "job", b"job", "outcome", b"outcome", "refused", b"refused", "seconds", b"seconds", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -165,10 +165,12 @@ class Reports:
         return all(sequence.request is not None for sequence in job.members.values())
 
     def _account(self, job: Job, done: worker_pb2.JobDone) -> None:
-        if not done.refused:
-            self._policy.observe(JobEnded(job.kind, job.model, job.tokens, done.seconds))
+        # What the prefix cache had was not computed, and says nothing about how fast the device is.
+        tokens = job.tokens - done.cached_tokens
+        if not done.refused and tokens:
+            self._policy.observe(JobEnded(job.kind, job.model, tokens, done.seconds))
         if job.kind == "prefill":
-            self._tally.prefilled[job.model] += job.tokens
+            self._tally.prefilled[job.model] += tokens
 
     def _refused(self, request: Request | None, reason: worker_pb2.RefusalReason.ValueType) -> None:
         """The worker could not take a request's sequence into a job: it is computed anew, a little later."""

@@ -119,7 +119,9 @@ class Seats:
             chunks.append(
                 worker_pb2.PrefillJob.Chunk(sequence=sequence.number, start=chunk.start, end=chunk.end)
             )
-        message = worker_pb2.PrefillJob(job=job.number, model=job.model, chunks=chunks, share=order.share)
+        message = worker_pb2.PrefillJob(
+            job=job.number, model=job.model, chunks=chunks, share=order.share, borrow=True
+        )
         self.send(worker_pb2.JobsRequest(prefill=message))
 
     def decode(self, order: DecodeJob, requests: Iterable[Request]) -> None:
@@ -140,6 +142,7 @@ class Seats:
             steps=order.steps,
             share=order.share,
             lead=LEAD,
+            borrow=True,
         )
         self.send(worker_pb2.JobsRequest(decode=message))
 

@@ -76,14 +76,16 @@ def opening(message: worker_pb2.OpenSequence) -> Opening:
 def prefill_order(message: worker_pb2.PrefillJob) -> PrefillOrder:
     """A prefill job. Raises InvalidArgument for a share that is none."""
     chunks = tuple(Chunk(chunk.sequence, chunk.start, chunk.end) for chunk in message.chunks)
-    return PrefillOrder(message.job, message.model, chunks, _share(message.share))
+    return PrefillOrder(message.job, message.model, chunks, _share(message.share), message.borrow)
 
 
 def decode_order(message: worker_pb2.DecodeJob) -> DecodeOrder:
     """A decode job; 0 steps are read as 1. Raises InvalidArgument for a share that is none."""
     steps = max(1, message.steps)
     sequences = tuple(message.sequences)
-    return DecodeOrder(message.job, message.model, sequences, steps, _share(message.share), message.lead)
+    return DecodeOrder(
+        message.job, message.model, sequences, steps, _share(message.share), message.lead, message.borrow
+    )
 
 
 def _share(share: float) -> float:
@@ -129,6 +131,7 @@ def job_done(ended: Ended) -> worker_pb2.JobDone:
         refused=refused,
         error=ended.error,
         available_blocks=ended.available_blocks,
+        cached_tokens=ended.cached_tokens,
     )
 
 

@@ -29,7 +29,7 @@ def plan(order: Order, job: int, book: SequenceBook) -> Plan:
         made.refused = [(number, Refused.NO_MODEL) for number in order.sequences]
         return made
     if isinstance(order, PrefillOrder):
-        taken = (_chunk(chunk, order.model, book, made) for chunk in order.chunks)
+        taken = (_chunk(chunk, order, book, made) for chunk in order.chunks)
         if chunks := tuple(chunk for chunk in taken if chunk is not None):
             made.message = PrefillJob(job, order.model, chunks)
     else:
@@ -39,14 +39,14 @@ def plan(order: Order, job: int, book: SequenceBook) -> Plan:
     return made
 
 
-def _chunk(chunk: Chunk, model: str, book: SequenceBook, made: Plan) -> PrefillChunk | None:
-    sequence = _candidate(chunk.sequence, model, book, made)
+def _chunk(chunk: Chunk, order: PrefillOrder, book: SequenceBook, made: Plan) -> PrefillChunk | None:
+    sequence = _candidate(chunk.sequence, order.model, book, made)
     if sequence is None:
         return None
     if not sequence.computed == chunk.start < chunk.end <= sequence.known:
         _reject(sequence, f"chunk [{chunk.start}, {chunk.end})", book, made)
         return None
-    if not _admit(sequence, chunk.end, book, made):
+    if not _admit(sequence, chunk.end, order, book, made):
         return None
     ends = chunk.end == sequence.known
     sampling = sequence.sampling if ends else None
@@ -61,7 +61,8 @@ def _row(number: int, order: DecodeOrder, book: SequenceBook, made: Plan) -> Dec
         _reject(sequence, "decode before its prompt is computed", book, made)
         return None
     # The last token of a sequence is sampled at position limit - 1 and its KV never written.
-    if not _admit(sequence, min(sequence.computed + order.steps, sequence.limit - 1), book, made):
+    tokens = min(sequence.computed + order.steps, sequence.limit - 1)
+    if not _admit(sequence, tokens, order, book, made):
         return None
     return DecodeRow(sequence.slot, sequence.known, sequence.limit, sequence.sampling)
 
@@ -81,13 +82,13 @@ def _candidate(number: int, model: str, book: SequenceBook, made: Plan) -> Seque
     return sequence
 
 
-def _admit(sequence: Sequence, tokens: int, book: SequenceBook, made: Plan) -> bool:
+def _admit(sequence: Sequence, tokens: int, order: Order, book: SequenceBook, made: Plan) -> bool:
     """Take a slot, and blocks for KV of `tokens` tokens; whether both were to be had."""
     if not book.seat(sequence):
         made.refused.append((sequence.number, Refused.OUT_OF_SLOTS))
         return False
     try:
-        book.reserve(sequence, tokens)
+        book.reserve(sequence, tokens, borrow=order.borrow)
     except OutOfBlocks:
         made.refused.append((sequence.number, Refused.OUT_OF_BLOCKS))
         return False

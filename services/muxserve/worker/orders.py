@@ -38,6 +38,8 @@ class PrefillOrder:
     model: str
     chunks: tuple[Chunk, ...]
     share: float
+    borrow: bool = False
+    """Whether the model may hold more blocks than its quota for it."""
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -56,6 +58,8 @@ class DecodeOrder:
     share: float
     lead: int = 0
     """When this many steps are left, no token is held back."""
+    borrow: bool = False
+    """As in `PrefillOrder`."""
 
 
 Order = PrefillOrder | DecodeOrder
@@ -98,3 +102,5 @@ class Ended:
     refused: tuple[tuple[int, Refused], ...]
     error: str
     available_blocks: int
+    cached_tokens: int = 0
+    """Prompt tokens that were not computed, since the prefix cache had their KV."""

@@ -95,12 +95,12 @@ class SequenceBook:
             sequence.model.tables.tokens[slot, : len(sequence.tokens)] = sequence.tokens
         return True
 
-    def reserve(self, sequence: Sequence, tokens: int) -> None:
-        """Have it hold blocks for KV of `tokens` tokens. All or nothing. Raises OutOfBlocks."""
+    def reserve(self, sequence: Sequence, tokens: int, *, borrow: bool) -> None:
+        """Have it hold blocks for KV of `tokens` tokens, beyond its model's quota only with `borrow`. All or
+        nothing. Raises OutOfBlocks."""
         needed = sequence.model.shape.layout.spans(tokens)
         if needed > sequence.spans:
-            # The scheduler decides who borrows and takes it back by preemption; the pool keeps count.
-            ids = self._pool.allocate(sequence.model.name, needed - sequence.spans, borrow=True)
+            ids = self._pool.allocate(sequence.model.name, needed - sequence.spans, borrow=borrow)
             sequence.model.tables.assign(sequence.slot, sequence.spans, ids)
             sequence.spans = needed
 
