@@ -7,6 +7,7 @@ that takes so long. Weights are random, of real shapes; KV is whatever lies in t
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,6 @@ def run(context: Context) -> dict[str, Any]:
     plan = Plan.of(context)
     found: dict[str, Any] = {"arena_bytes": plan.arena_bytes, "shapes": {}, "left_out": []}
     with Unit(context, plan.arena_bytes) as unit:
-        unit.fill_arena(getattr(torch, plan.shapes[0].dtype))
         for number, shape in enumerate(plan.shapes):
             share = context.left() / (len(plan.shapes) - number)
             own: dict[str, Any] = {}
@@ -152,11 +152,12 @@ def _decode(
     try:
         for _ in range(2):
             unit.finish(unit.decode(model, rows, 2))
-        seconds = []
+        seconds, gaps = [], []
         for _ in range(1 if context.tiny else 2):
             job = unit.decode(model, rows, steps)
-            unit.finish(job)
+            times = unit.finish(job)
             seconds.append(job.seconds / job.steps)
+            gaps += [b - a for a, b in itertools.pairwise(times)]
         profile = {}
         if (batch, length) == HEADLINE or context.tiny:
             profile = kernels_of(context, lambda: unit.finish(unit.decode(model, rows, min(8, steps))))
@@ -170,6 +171,7 @@ def _decode(
         "context": length,
         "step_s": once,
         "steps_s": seconds,
+        "median_step_s": statistics.median(gaps),
         "kv_bytes": kv,
         "tokens_per_s": batch / once,
         "of_bandwidth": limit / once,

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.shapes import LLAMA_3_8B, TINY_SHAPES, Shape
-from benchmarks.gpu.unit import ALONE, Unit
+from benchmarks.gpu.unit import ALONE, Unit, collect
 from muxserve.engine.messages import Shares
 from muxserve.engine.runner import RunningJob
 from muxserve.engine.shares import PartitionName
@@ -62,7 +62,7 @@ class Kind:
         if self.job is None:
             return
         ended = self.job.ended
-        self.moments += [(now, self.tokens) for _ in self.job.collect()]
+        collect(self.job, lambda _: self.moments.append((now, self.tokens)))
         if ended:
             if self.job.error is not None:
                 raise self.job.error

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -82,7 +83,7 @@ class SectionProcess:
             text=True,
             start_new_session=True,  # to be ended with all that it has started
         )
-        self._ends = 0.0
+        self._ends = math.inf
 
     def begin(self, seconds: float, earlier: dict[str, Any], tiny: bool) -> None:
         """seconds: for its work; a tenth of that, and some, is for what it cannot foresee."""

@@ -25,7 +25,6 @@ from benchmarks.gpu.timing import graph_seconds
 from muxserve.engine.kernels.interface import KVCache
 from muxserve.engine.kernels.triton.tuning import (
     DecodeLaunch,
-    PrefillLaunch,
     decode_launch,
     device_class,
     prefill_launch,

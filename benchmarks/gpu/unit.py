@@ -6,6 +6,7 @@ import itertools
 import os
 import select
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class Unit:
         self._owner, self.runtime = open_owner(context.device, folder)
         self._undo.callback(self._owner.close)
         blocks = arena_bytes // block_bytes
+        self._wait_for(arena_bytes)
         arena = self._owner.create(blocks * block_bytes)
         self._attach = AttachArena(block_bytes=block_bytes, blocks=blocks, cuda_handle=arena.handle)
         # Blocks are given out in no order: that is how they lie in a unit that has run for a while.
@@ -82,6 +84,7 @@ class Unit:
         self._runner: CudaRunner | None = None
         self._numbers = itertools.count()
         self.reason = ""
+        self._fill_arena()
 
     def __enter__(self) -> Unit:
         return self
@@ -115,11 +118,17 @@ class Unit:
             self._runner.close()
             self._runner = None
 
-    def fill_arena(self, dtype: torch.dtype) -> None:
-        """With random numbers: KV of nobody in particular."""
+    def _wait_for(self, size: int) -> None:
+        """What a process that was ended had is given back in the driver's own time."""
+        ends = time.monotonic() + 10
+        while self.runtime.memGetInfo()[0] < size and time.monotonic() < ends:
+            select.select([], [], [], 0.1)
+
+    def _fill_arena(self) -> None:
+        """With random numbers, which are such in any dtype: KV of nobody in particular."""
         arena = CudaArena.attach(self._attach, runtime=self.runtime)
         for part in torch.split(arena.tensor(), 1 << 30):
-            part.view(dtype).normal_()
+            part.view(torch.bfloat16).normal_()
         _synchronize(self._device)
         arena.close()
 
@@ -186,9 +195,9 @@ class Unit:
 
     def empty(self, model: Served, slots: Sequence[int]) -> None:
         """Give up these slots, and their blocks."""
+        given = model.tables.blocks[:, slots]
+        self._free = np.concatenate([self._free, given[given >= 0]])
         for slot in slots:
-            ids = model.tables.blocks[:, slot]
-            self._free = np.concatenate([self._free, ids[ids >= 0]])
             model.tables.release(slot)
 
     def prefill(
@@ -213,19 +222,30 @@ class Unit:
         rows = tuple(DecodeRow(slot, length, UNLIMITED, GREEDY) for slot, length in lengths.items())
         return self.runner.start(DecodeJob(next(self._numbers), model.name, rows, steps, shares))
 
-    def finish(self, *jobs: RunningJob, told: Callable[[Step], None] = lambda _: None) -> None:
-        """Wait for jobs. Raises what went wrong with one."""
-        while not all(job.ended for job in jobs):
+    def finish(self, job: RunningJob, told: Callable[[Step], None] = lambda _: None) -> list[float]:
+        """Wait for a job; when its steps came. Raises what went wrong with it."""
+        times: list[float] = []
+
+        def arrived(step: Step) -> None:
+            times.append(time.perf_counter())
+            told(step)
+
+        while not job.ended:
             select.select([self.runner], [], [], 60)
             self.runner.acknowledge()
-            for job in jobs:
-                for step in job.collect():
-                    told(step)
-        for job in jobs:
-            for step in job.collect():
-                told(step)
-            if job.error is not None:
-                raise job.error
+            collect(job, arrived)
+        collect(job, arrived)
+        if job.error is not None:
+            raise job.error
+        return times
+
+
+def collect(job: RunningJob, told: Callable[[Step], None]) -> None:
+    """What has come of it. Raises RuntimeError for a row that had to be given up."""
+    for step in job.collect():
+        if step.failed:
+            raise RuntimeError(f"logits of slots {step.failed} of {job.model} are not finite")
+        told(step)
 
 
 class _Eager(TorchDevice):
