@@ -10,12 +10,14 @@ Counts: a sequence of n tokens of a model whose block holds T of them needs ceil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Waiting:
     """A sequence whose known tokens are not all computed yet: new, partly computed, or to be recomputed."""
 
@@ -34,9 +36,17 @@ class Waiting:
     """Whether a chunk of it runs."""
     priority: int = 0
     """Higher goes first."""
+    limit: int = 0
+    """Length at which it finishes. 0: unknown."""
+    tenant: str = ""
+    """Whose it is."""
+    deadline: float = math.inf
+    """When it has to be finished."""
+    emitted: bool = False
+    """Whether its client has tokens already: it is computed again, or goes on after a scheduler's death."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Running:
     """A sequence whose known tokens are all computed but the last, so that it can decode."""
 
@@ -55,11 +65,15 @@ class Running:
     renew: bool = False
     """Whether its job ends soon, so that it may be given to the one that is to follow. `length` is then what
     it will be at that end."""
+    priority: int = 0
+    """As in `Waiting`."""
+    tenant: str = ""
+    """Whose it is."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSnapshot:
-    """A model of the unit."""
+    """A model of the unit. What can be said of one alone is computed once, when somebody asks."""
 
     model: str
     tokens_per_block: int
@@ -79,6 +93,39 @@ class ModelSnapshot:
     """A quota that configuration fixes. 0: none."""
     rate: float = 0.0
     """Expected arrivals, requests per second. 0: unknown."""
+    ttft_target: float = 0.0
+    """Seconds from a request's arrival in which its first token should come. 0: none."""
+    tpot_target: float = 0.0
+    """Seconds between two tokens of a sequence that should not be exceeded on average. 0: none."""
+
+    @cached_property
+    def by_age(self) -> tuple[Running, ...]:
+        """What can decode, oldest first."""
+        return tuple(sorted(self.running, key=lambda r: (r.arrival, r.sequence)))
+
+    @cached_property
+    def idle(self) -> tuple[Running, ...]:
+        """What a decode job may have: sequences in none or in one that ends soon, oldest first."""
+        return tuple(r for r in self.by_age if r.renew or not r.in_job)
+
+    @cached_property
+    def any_idle(self) -> bool:
+        """Whether there is any such sequence."""
+        return any(r.renew or not r.in_job for r in self.running)
+
+    @cached_property
+    def begun(self) -> tuple[Waiting, ...]:
+        """Those whose prompt was begun."""
+        return tuple(w for w in self.waiting if w.open)
+
+    @cached_property
+    def promised(self) -> int:
+        """Blocks that prompts which were begun are still to get."""
+        return sum((self.spans(w.tokens) - w.groups) * self.blocks_per_span for w in self.begun)
+
+    def spans(self, tokens: int) -> int:
+        """Block groups that `tokens` tokens take."""
+        return -(-tokens // self.tokens_per_block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +185,8 @@ class PrefillJob:
     model: str
     chunks: tuple[Chunk, ...]
     share: float
+    borrow: bool = True
+    """Whether the model may hold more blocks than its quota for it; if not, the pool refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +198,8 @@ class DecodeJob:
     sequences: tuple[int, ...]
     steps: int
     share: float
+    borrow: bool = True
+    """As in `PrefillJob`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +224,23 @@ class AdaptQuotas:
     quotas: Mapping[str, int]
 
 
-Decision = PrefillJob | DecodeJob | Preempt | EndLease | AdaptQuotas
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Turn away a sequence that was not begun."""
+
+    sequence: int
+    retry_after: float
+    """Seconds after which another attempt makes sense. 0: none does."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskAgain:
+    """Nothing more is to be done now, but there may be at a known time: decide then, whatever happens."""
+
+    at: float
+
+
+Decision = PrefillJob | DecodeJob | Preempt | EndLease | AdaptQuotas | Refuse | AskAgain
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +250,17 @@ class JobEnded:
     kind: Literal["prefill", "decode"]
     model: str
     tokens: int
-    """Prompt tokens computed, or tokens decoded."""
+    """Prompt tokens computed, those found in the prefix cache not among them, or tokens decoded."""
     seconds: float
     """Execution time in the executor."""
+    steps: int = 1
+    """Steps that ran; of a prefill job 1."""
+    context: int = 0
+    """Tokens before those computed, summed over the sequences, at the job's end."""
+    beside: float = 0.0
+    """Part of `seconds`, 0 to 1, in which a job of the other kind ran too."""
+    tenants: Mapping[str, int] = field(default_factory=dict)
+    """`tokens` by tenant."""
 
 
 class Policy(Protocol):
@@ -200,7 +275,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PolicyOptions:
-    """What operators may tune."""
+    """What operators may tune. The switches are those of `mux`; the other policies go without."""
 
     chunk_tokens: int = 512
     """Most prompt tokens of a prefill job."""
@@ -218,3 +293,42 @@ class PolicyOptions:
     """Time between adaptations of quotas."""
     min_share: float = 0.2
     """Least quota of a model, as a part of an equal share of the arena."""
+    quantum: float = 1.0
+    """`temporal`: seconds that a model has the device for while others want it."""
+    turn_seconds: float = 0.12
+    """`mux`: seconds that one turn of every model that decodes should take in all."""
+    stretch: float = 8.0
+    """`mux`: how many times its time alone on the device a request may take, where its model has no targets:
+    the order of prompts follows from it, and how many sequences decode at once."""
+    chunked: bool = True
+    """Prompts come in chunks of about `turn_seconds`; off: of `chunk_seconds`."""
+    borrow: bool = True
+    """What nobody claims is lent beyond quotas, and given back by recompute; off: quotas are hard."""
+    slack: bool = True
+    """Prompts by how much time they have left, fewer sequences at once than would miss their targets; off:
+    by round-robin and age."""
+    turns: bool = True
+    """Models decode equally many steps per turn, shorter ones the more they take; off: fixed numbers."""
+    shares: bool = True
+    """The compute share of prefill jobs, and pauses between them, follow the targets for time per output
+    token; off: fixed shares."""
+    priorities: bool = True
+    """Requests of higher priority go first."""
+    fairness: bool = True
+    """Tenants that had more than others wait behind them."""
+    admission: bool = True
+    """Requests that cannot be finished before their deadline are refused."""
+
+    def plain(self) -> PolicyOptions:
+        """Without what `mux` adds to ADBS."""
+        return replace(
+            self,
+            chunked=False,
+            borrow=False,
+            slack=False,
+            turns=False,
+            shares=False,
+            priorities=False,
+            fairness=False,
+            admission=False,
+        )
