@@ -50,7 +50,7 @@ class Harness:
     async def assert_idle(self) -> None:
         """All blocks are free, or will be when the last stream has been cleaned up; the books balance."""
         async with asyncio.timeout(LIMIT):
-            while (pool := (await self.info()).pool).free_blocks != pool.total_blocks:
+            while (pool := (await self.info()).pool).free_blocks + pool.cached_blocks != pool.total_blocks:
                 assert pool.integrity_error == ""
         assert pool.integrity_error == ""
 

@@ -215,6 +215,18 @@ class BlockPool:
             raise ValueError(f"hashes: {len(hashes)} of them for {len(rows)} groups")
         return sum(self._prefixes.add(m.index, h, row) for h, row in zip(hashes, rows, strict=True))
 
+    def withdraw(self, model: str, ids: ArrayLike) -> None:
+        """Take held groups out of the index, as far as they are there: nobody will find them any more, and
+        they are free when their last holder gives them back. Raises InvalidGroups."""
+        for head in self._held(self._models[model], ids)[:, 0].tolist():
+            if self._prefixes.published[head]:
+                self._prefixes.withdraw(head)
+
+    def private(self, head: int) -> bool:
+        """Whether the group that begins with block `head` has one holder and is not in the index: whether
+        that holder may write to it."""
+        return bool(self._groups.references[head] == 1 and not self._prefixes.published[head])
+
     def lookup(self, model: str, hashes: Sequence[Hashable], *, borrow: bool = False) -> BlockIds:
         """The groups of the longest known prefix of `hashes`, with a reference to each for the caller.
 

@@ -69,6 +69,12 @@ class PrefixIndex:
         prefix = self._resting.pop(head)
         self._count(prefix, -prefix.ids.size)
 
+    def withdraw(self, head: int) -> None:
+        """Forget a group that is held."""
+        prefix = self._by_head.pop(head)
+        del self._by_hash[prefix.model, prefix.span_hash]
+        self.published[head] = False
+
     def evict(self) -> BlockIds:
         """Forget the least recently used resting group; `[1, blocks_per_span]`. KeyError if there is none."""
         _, prefix = self._resting.popitem(last=False)
@@ -104,8 +110,6 @@ class PrefixIndex:
         self.cached_blocks += blocks
 
     def _forget(self, prefix: _Prefix) -> BlockIds:
-        head = int(prefix.ids[0])
-        del self._by_hash[prefix.model, prefix.span_hash], self._by_head[head]
-        self.published[head] = False
+        self.withdraw(int(prefix.ids[0]))
         self._count(prefix, -prefix.ids.size)
         return prefix.ids.reshape(1, -1)

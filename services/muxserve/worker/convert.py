@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from muxserve.common.errors import InvalidArgument
 from muxserve.engine.messages import LENGTH, STOP, UNFINISHED, Sampling, TokenLogprobs
 from muxserve.v1 import common_pb2, worker_pb2
@@ -9,6 +11,7 @@ from muxserve.worker.executors import ExecutorProcess
 from muxserve.worker.models import LoadedModel, ModelChoice
 from muxserve.worker.orders import Chunk, DecodeOrder, Ended, Opening, Outcome, PrefillOrder, Refused
 from muxserve.worker.pacing import Progress
+from muxserve.worker.prefix_cache import PrefixCounts
 from muxserve.worker.shapes import ServedShape
 from muxserve.worker.worker import PoolReport, Worker
 
@@ -144,7 +147,7 @@ def worker_info(worker: Worker) -> worker_pb2.WorkerInfo:
         device=ready.device if ready else "",
         compute_units=worker.device.units,
         partition=ready.partition if ready else "",
-        pool=_pool_state(worker.pool_report()),
+        pool=_pool_state(worker.pool_report(), {m.name: m.prefix_counts for m in worker.models.loaded}),
         models=[_loaded(model) for model in worker.models.loaded],
         executors=[_executor(executor) for executor in worker.lanes.executors],
         weight_budget_bytes=worker.weights.budget,
@@ -161,9 +164,10 @@ def _executor(executor: ExecutorProcess) -> worker_pb2.ExecutorInfo:
     return worker_pb2.ExecutorInfo(kind=executor.kind, pid=executor.pid, restarts=executor.restarts)
 
 
-def _pool_state(report: PoolReport) -> worker_pb2.PoolState:
+def _pool_state(report: PoolReport, prefixes: Mapping[str, PrefixCounts]) -> worker_pb2.PoolState:
     pool = report.pool
-    uses = [(model, pool.use(model)) for model in pool.models]
+    none = PrefixCounts()
+    uses = [(model, pool.use(model), prefixes.get(model, none)) for model in pool.models]
     return worker_pb2.PoolState(
         block_bytes=report.block_bytes,
         total_blocks=pool.blocks,
@@ -176,8 +180,11 @@ def _pool_state(report: PoolReport) -> worker_pb2.PoolState:
                 quota_blocks=use.quota,
                 borrowed_blocks=use.borrowed,
                 peak_blocks=use.peak,
+                cached_blocks=use.cached,
+                prefix_query_tokens=counts.queried,
+                prefix_hit_tokens=counts.hit,
             )
-            for model, use in uses
+            for model, use, counts in uses
         ],
         integrity_error=report.integrity_error,
     )

@@ -15,8 +15,8 @@ import structlog
 from muxserve.engine.messages import UNFINISHED, JobDone, PrefillJob, Shares, Step
 from muxserve.engine.pool import BlockPool
 from muxserve.worker.executors import ExecutorOptions, ExecutorProcess, Kind
-from muxserve.worker.jobs import Plan, plan
-from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, Refused, Tokens
+from muxserve.worker.jobs import Plan, plan, plan_chunks
+from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, PrefillOrder, Refused, Tokens
 from muxserve.worker.sequences import SequenceBook
 
 log = structlog.get_logger(__name__)
@@ -46,6 +46,10 @@ class _Running:
     order: Order
     plan: Plan
     job: int
+    """The engine's number for the part of the order that runs."""
+    steps: int = 0
+    seconds: float = 0.0
+    """Of the parts that have ended."""
     shares: Shares | None = None
     """None: the executor has not been given the job yet."""
 
@@ -115,14 +119,31 @@ class Lane:
             waiting = self._waiting.popleft()
             owner, order = waiting.owner, waiting.order
             job = next(self._numbers)
-            made = plan(order, job, owner.book)
-            if made.message is None:
-                self._tell_end(owner, order, made, Outcome.OK)
+            running = _Running(owner, order, plan(order, job, owner.book), job)
+            if running.plan.message is None:
+                self._release(running)
+                self._tell_end(owner, order, running.plan, Outcome.OK)
                 continue
-            running = self._running = _Running(owner, order, made, job)
+            self._running = running
             self._idle.clear()
             self._divide()
-            self.executor.submit(msgspec.structs.replace(made.message, shares=running.shares))
+            self._submit(running)
+
+    def _submit(self, running: _Running) -> None:
+        message = running.plan.message
+        assert message is not None and running.shares is not None
+        self.executor.submit(msgspec.structs.replace(message, shares=running.shares))
+
+    def _go_on(self, running: _Running) -> bool:
+        """Start the next part of an order, if there is one."""
+        if not running.plan.later or not isinstance(running.order, PrefillOrder):
+            return False
+        running.job = next(self._numbers)
+        plan_chunks(running.plan, running.order, running.job, running.owner.book)
+        if running.plan.message is None:
+            return False
+        self._submit(running)
+        return True
 
     def on_report(self, report: Step | JobDone) -> None:
         """Of a job of the executor's, which may be another lane's."""
@@ -132,12 +153,17 @@ class Lane:
         if isinstance(report, Step):
             self._on_step(running, report)
             return
-        outcome = Outcome.FAILED if report.error else Outcome.OK
-        if isinstance(running.plan.message, PrefillJob) and not report.error:
+        running.steps += report.steps
+        running.seconds += report.seconds
+        if report.error:
+            self._end(running, Outcome.FAILED, report.error)
+            return
+        if isinstance(running.plan.message, PrefillJob):
             for chunk in running.plan.message.chunks:
                 if (sequence := running.plan.sequences.get(chunk.slot)) is not None:
-                    sequence.computed = chunk.end
-        self._end(running, outcome, report.steps, report.seconds, report.error)
+                    running.owner.book.computed(sequence, chunk.end)
+        if not self._go_on(running):
+            self._end(running, Outcome.OK)
 
     def _on_step(self, running: _Running, step: Step) -> None:
         sequences = [running.plan.sequences[slot] for slot in step.slots]
@@ -146,7 +172,7 @@ class Lane:
             sequence.known = position + 1
             sequence.finished = finished != UNFINISHED
             if decoding:
-                sequence.computed = position
+                sequence.ordered = sequence.computed = position
         numbers = tuple(sequence.number for sequence in sequences)
         if numbers:
             running.owner.send(Tokens(running.order.job, numbers, step))
@@ -154,6 +180,7 @@ class Lane:
             sequence = running.plan.sequences.pop(slot)
             running.plan.refused.append((sequence.number, Refused.NOT_OPEN))
             running.plan.problems.append(f"sequence {sequence.number}: its logits are not finite")
+            running.owner.book.prefixes.withdraw(sequence)
             running.owner.book.leave(sequence)
             running.owner.book.close([sequence.number])
         if decoding:
@@ -166,20 +193,29 @@ class Lane:
     def on_executor(self) -> None:
         """The executor is ready, or has died."""
         if self.executor.ready is None and (running := self._running) is not None:
-            self._end(running, Outcome.EXECUTOR_LOST, 0, 0.0, f"{self.executor.title} died")
+            self._end(running, Outcome.EXECUTOR_LOST, f"{self.executor.title} died")
         self._start_next()
 
-    def _end(self, running: _Running, outcome: Outcome, steps: int, seconds: float, error: str) -> None:
+    def _end(self, running: _Running, outcome: Outcome, error: str = "") -> None:
         self._running = None
-        book = running.owner.book
         if outcome is not Outcome.OK:
+            book = running.owner.book
+            for sequence in running.plan.sequences.values():
+                sequence.tainted = True
             book.close(sequence.number for sequence in running.plan.sequences.values())
-        for sequence in running.plan.sequences.values():
-            book.leave(sequence)
-        self._tell_end(running.owner, running.order, running.plan, outcome, steps, seconds, error)
+            book.close(chunk.sequence for chunk in running.plan.later)
+        self._release(running)
+        self._tell_end(
+            running.owner, running.order, running.plan, outcome, running.steps, running.seconds, error
+        )
         self._idle.set()
         self._start_next()
         self._divide()
+
+    def _release(self, running: _Running) -> None:
+        """Its sequences are in it no longer."""
+        for sequence in running.plan.sequences.values():
+            running.owner.book.leave(sequence)
 
     def _tell_end(
         self,
@@ -198,7 +234,8 @@ class Lane:
             )
         refused = tuple(made.refused)
         available = self._pool.available_blocks
-        owner.send(Ended(order.job, outcome, steps, seconds, refused, problems, available))
+        cached = made.cached_tokens
+        owner.send(Ended(order.job, outcome, steps, seconds, refused, problems, available, cached))
 
 
 class Lanes:

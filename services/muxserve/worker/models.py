@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -14,6 +14,7 @@ from muxserve.engine.messages import AddModel
 from muxserve.engine.pool import BlockPool
 from muxserve.engine.tables import SequenceTables
 from muxserve.worker.executors import ExecutorFailed, ExecutorProcess
+from muxserve.worker.prefix_cache import PrefixCounts
 from muxserve.worker.shapes import ServedShape, serve
 from muxserve.worker.weights import WeightStore
 
@@ -43,6 +44,7 @@ class LoadedModel:
     resources: AsyncExitStack
     """Gives back, in order, what loading took."""
     open_sequences: int = 0
+    prefix_counts: PrefixCounts = field(default_factory=PrefixCounts)
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import structlog
@@ -14,6 +14,7 @@ from muxserve.engine.pool import BlockPool
 from muxserve.engine.tables import NoFreeSlot
 from muxserve.worker.models import LoadedModel, ModelTable
 from muxserve.worker.orders import Opening
+from muxserve.worker.prefix_cache import PrefixCache
 
 log = structlog.get_logger(__name__)
 
@@ -32,11 +33,19 @@ class Sequence:
     sampling: Sampling
     known: int
     """Tokens in the token table, or to be there."""
+    ordered: int = 0
+    """Where its next chunk starts: the scheduler takes so many tokens for computed."""
     computed: int = 0
-    """Tokens whose KV is written."""
+    """Tokens whose KV is written; more than `ordered` where the prefix cache had more."""
     slot: int = NO_SLOT
     spans: int = 0
     """Block groups it holds."""
+    published: int = 0
+    """The first of these, which the prefix cache knows: others may read them."""
+    hashes: list[bytes] = field(default_factory=list)
+    """Of its first spans, as far as they were needed."""
+    tainted: bool = False
+    """Whether what it wrote is not to be trusted."""
     busy: bool = False
     """In a job that runs: its blocks are being read and written."""
     finished: bool = False
@@ -47,7 +56,8 @@ class Sequence:
 class SequenceBook:
     """Owns slots and blocks of its sequences. A busy sequence keeps both until it leaves its job."""
 
-    def __init__(self, models: ModelTable, pool: BlockPool) -> None:
+    def __init__(self, models: ModelTable, pool: BlockPool, prefixes: PrefixCache) -> None:
+        self.prefixes = prefixes
         self._models = models
         self._pool = pool
         self._open: dict[int, Sequence] = {}
@@ -104,6 +114,24 @@ class SequenceBook:
             sequence.model.tables.assign(sequence.slot, sequence.spans, ids)
             sequence.spans = needed
 
+    def writes_alone(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether nobody else can read what it will write when it is computed up to `tokens` tokens."""
+        layout = sequence.model.shape.layout
+        first, last = sequence.computed // layout.tokens_per_block, layout.spans(tokens)
+        heads = sequence.model.tables.blocks[0, sequence.slot, 0, first:last].tolist()
+        return all(self._pool.private(head) for head in heads)
+
+    def count(self, sequence: Sequence, tokens: int, cached: int) -> None:
+        """A chunk of it was taken into a job, of which the prefix cache had `cached` tokens."""
+        sequence.model.prefix_counts.queried += tokens
+        sequence.model.prefix_counts.hit += cached
+
+    def computed(self, sequence: Sequence, end: int) -> None:
+        """A chunk of it up to `end` was computed."""
+        sequence.ordered = end
+        sequence.computed = max(sequence.computed, end)
+        self.prefixes.publish(sequence)
+
     def leave(self, sequence: Sequence) -> None:
         """It is no longer in a job."""
         sequence.busy = False
@@ -130,6 +158,7 @@ class SequenceBook:
             return
         tables = sequence.model.tables
         if sequence.spans:
+            self.prefixes.publish_output(sequence)
             self._pool.free(sequence.model.name, tables.groups(sequence.slot, sequence.spans))
         tables.release(sequence.slot)
 

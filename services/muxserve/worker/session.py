@@ -14,6 +14,7 @@ from muxserve.worker.lanes import Lanes
 from muxserve.worker.models import ModelTable
 from muxserve.worker.orders import DecodeOrder, Ended, Opening, PrefillOrder, Tokens
 from muxserve.worker.pacing import Pacer, Progress
+from muxserve.worker.prefix_cache import PrefixCache
 from muxserve.worker.sequences import SequenceBook
 
 log = structlog.get_logger(__name__)
@@ -41,12 +42,13 @@ class Session:
         lanes: Lanes,
         models: ModelTable,
         pool: BlockPool,
+        prefixes: PrefixCache,
         longest_wait: float = 0.0,
     ) -> None:
         """`longest_wait`: of a token for those of later steps, in seconds."""
         self.scheduler = scheduler
         self.epoch = epoch
-        self.book = SequenceBook(models, pool)
+        self.book = SequenceBook(models, pool, prefixes)
         self._lanes = lanes
         self._models = models
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()

@@ -50,6 +50,13 @@ class WorkerSettings(ServiceSettings):
     muxserve/weights in the user's cache directory. Workers may share it."""
     weight_cache_limit: ByteSize = Field(ByteSize(32 * 2**30), ge=0)
     """Bytes that it may take; what was not used for longest makes room. 0: nothing is kept."""
+    prefix_cache: bool = True
+    """Whether spans of prompts that were computed before are found again and not computed twice. They take
+    memory that no sequence holds, and make room at once for what needs it."""
+    prefix_outputs: bool = False
+    """Whether outputs are kept too, for a prompt that goes on where one ended. Prefill adds up attention in
+    another order than decode, so that what follows a kept output may differ in its last bits from what
+    computing it again would have given, and after that, where two tokens are nearly as likely, in a token."""
     load_timeout: float = Field(1800.0, gt=0)
     """Seconds after which loading a model is given up."""
     executor_timeout: float = Field(120.0, gt=0)

@@ -12,6 +12,7 @@ from muxserve.worker.device import WorkerDevice, open_device
 from muxserve.worker.executors import ExecutorOptions
 from muxserve.worker.lanes import Lanes
 from muxserve.worker.models import ModelTable
+from muxserve.worker.prefix_cache import PrefixCache
 from muxserve.worker.session import Session, Sessions, StateChanged
 from muxserve.worker.settings import WorkerSettings
 from muxserve.worker.shapes import MIB
@@ -69,9 +70,10 @@ class Worker:
             slots=settings.slots,
             on_change=self._changed,
         )
+        prefixes = PrefixCache(self.pool, enabled=settings.prefix_cache, outputs=settings.prefix_outputs)
         self.sessions = Sessions(
             lambda scheduler, epoch: Session(
-                scheduler, epoch, self.lanes, self.models, self.pool, settings.longest_wait
+                scheduler, epoch, self.lanes, self.models, self.pool, prefixes, settings.longest_wait
             )
         )
 
