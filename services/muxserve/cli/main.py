@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from muxserve.cli.bench import bench
+
 app = typer.Typer(
     name="muxserve",
     help="Serve many LLMs of unequal popularity on few devices, behind one endpoint.",
@@ -17,6 +19,7 @@ app = typer.Typer(
 )
 quota_app = typer.Typer(help="Show and set block quotas.", no_args_is_help=True)
 app.add_typer(quota_app, name="quota")
+app.command()(bench)
 
 BAD_USAGE = 2
 
