@@ -21,11 +21,13 @@ def greedy(workload: Workload, costs: CostModel) -> Placement:
     least = [min(fits, default=None) for m in workload.models for fits in [_fitting(m, sizes, usable, costs)]]
     size = max((fit for fit in least if fit is not None), default=1)
     budget = workload.gpus - workload.constraints.spare_gpus
-    meshes: list[tuple[Mesh, list[Model]]] = [
+    meshes: list[tuple[Mesh, list[Model]]]
+    meshes = [
         (Mesh(k, size), [])
         for k, kind in enumerate(all_kinds)
         for _ in range(len(kind.nodes) * (kind.gpus // size))
-    ][: budget // size]
+    ]
+    del meshes[budget // size :]
     for model in sorted(workload.models, key=lambda m: -m.rate):
         options = [
             (room, i)
@@ -53,12 +55,11 @@ class _Own:
 
 
 def spatial(workload: Workload, costs: CostModel) -> Placement:
-    """No model shares a GPU. Each first gets the smallest mesh that it fits, those that serve the most per GPU
-    first; what is left goes to replicas of whichever model its GPUs serve worst, one after the other."""
+    """No model shares a GPU. Each first gets the smallest mesh that it fits, those that serve the most per
+    GPU first; what is left goes to replicas of whichever model its GPUs serve worst, one after the other."""
     all_kinds = kinds(workload)
     free = [[kind.gpus] * len(kind.nodes) for kind in all_kinds]
     budget = workload.gpus - workload.constraints.spare_gpus
-    owned: list[_Own] = []
 
     def add(model: Model) -> Mesh | None:
         """The smallest mesh for one more replica, taken from `free`."""
@@ -82,9 +83,8 @@ def spatial(workload: Workload, costs: CostModel) -> Placement:
             throughput([Member(model, 1e9, 1.0)], mesh.size, all_kinds[mesh.kind].usable, costs) or [0]
         )
 
-    for model in sorted(workload.models, key=lambda m: _density(m, all_kinds, workload, costs), reverse=True):
-        if (mesh := add(model)) is not None:
-            owned.append(_Own(model, [mesh], serves(mesh, model)))
+    order = sorted(workload.models, key=lambda m: _density(m, all_kinds, workload, costs), reverse=True)
+    owned = [_Own(model, [mesh], serves(mesh, model)) for model in order if (mesh := add(model)) is not None]
     growing = list(owned)
     while growing:
         worst = max(growing, key=lambda own: own.pressure)

@@ -4,9 +4,9 @@ Table (JSON): model → tensor parallel → SM % → batch → length → `{"pre
 nothing was measured. `length` is the prompt's for prefill, and the tokens known so far for decode.
 
 Between measured points times are interpolated linearly in each of batch, length and share. A gap is filled
-from its neighbours, and so is a cell whose time is far above that of a larger batch or length: more work never
-takes less time, so it was disturbed when it was measured. Past the largest batch or length times go on along
-the last slope, below the least share in proportion to it.
+from its neighbours, and so is a cell whose time is far above that of a larger batch or length: more work
+never takes less time, so it was disturbed when it was measured. Past the largest batch or length times go on
+along the last slope, below the least share in proportion to it.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def _whole(text: str, where: str) -> int:
 
 
 def _place(points: Sequence[int], value: float) -> tuple[int, float]:
-    """Index and weight such that points[i] + weight · (points[i + 1] - points[i]) is `value`; a weight above 1
-    goes on past the last, and what lies before the first is taken for it."""
+    """Index and weight such that points[i] + weight · (points[i + 1] - points[i]) is `value`; a weight above
+    1 goes on past the last, and what lies before the first is taken for it."""
     if value <= points[0] or len(points) == 1:
         return 0, 0.0
     i = min(bisect_right(points, value), len(points) - 1) - 1

@@ -26,8 +26,8 @@ class Candidate:
 def candidates(model: Model, sizes: Sequence[int], usable: int, costs: CostModel) -> list[Candidate]:
     """Algorithm 2: for each tensor-parallel degree the fewest SMs that serve the model's rate.
 
-    Degrees with which no share does are left out; if that leaves none, each that the model fits is a candidate
-    with all SMs: the paper does not say what becomes of a model that is too popular for one mesh.
+    Degrees with which no share does are left out; if that leaves none, each that the model fits is a
+    candidate with all SMs: the paper does not say what becomes of a model that is too popular for one mesh.
     """
     found, fitting = [], []
     for degree in costs.degrees(model.model, model.shape):
@@ -107,8 +107,8 @@ class _Filler:
 
 
 def paper(workload: Workload, costs: CostModel) -> Placement:
-    """Algorithm 1: for each mesh group, put models, most computation first, where F gains most; the group with
-    the largest Σ F is kept."""
+    """Algorithm 1: for each mesh group, put models, most computation first, where F gains most; the group
+    with the largest Σ F is kept."""
     all_kinds = kinds(workload)
     filler = _Filler(workload, costs, all_kinds)
     models = sorted(workload.models, key=computation, reverse=True)

@@ -1,8 +1,8 @@
 """What jobs should take, from a device's ceilings and a model's shape, where nothing was measured.
 
 A layer's work is the larger of what its arithmetic and its memory traffic allow, smoothed where the two are
-near each other; a fixed time per layer (launches, and per reduction with tensor parallel) comes on top. The
-constants of `A100` were fitted to measurements of four Llama models; `python -m benchmarks.placement roofline`
+near each other; a fixed time per layer (launches, and per reduction with tensor parallel) comes on top.
+The constants of `A100` were fitted to measurements of four Llama models; `python -m benchmarks.placement`
 reports the error.
 """
 
