@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     import torch
 
 
+def _nothing(doing: str) -> None:
+    """A function of a module can be sent to another process."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """device: "cuda" or "cpu". tiny: the same code on shapes of a few hundred elements, so that no fault of
@@ -25,7 +29,7 @@ class Context:
     ends: float
     earlier: dict[str, Any] = field(default_factory=dict)
     part: Path | None = None
-    say: Callable[[str], None] = lambda _: None
+    say: Callable[[str], None] = _nothing
 
     @property
     def torch_device(self) -> torch.device:

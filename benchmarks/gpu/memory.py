@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.shapes import LLAMA_3_8B, TINY_SHAPES
+from benchmarks.gpu.shapes import QWEN3_4B, TINY_SHAPES
 from benchmarks.gpu.unit import Served, Unit
 from muxserve.engine.checkpoint.canonical import manifest_bytes
 from muxserve.engine.cuda.memory import GRANULE
@@ -17,7 +17,7 @@ BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (200, 500, 1000, 2000)
 
 def run(context: Context) -> dict[str, Any]:
     """Models are added one by one; each is run in many batches, so that it has its graphs."""
-    shape = TINY_SHAPES[0] if context.tiny else LLAMA_3_8B
+    shape = TINY_SHAPES[1] if context.tiny else QWEN3_4B
     batches, lengths = ((1,), (8,)) if context.tiny else (BATCHES, LENGTHS)
     found: dict[str, Any] = {"shape": shape.name, "models": []}
     weights = -(-manifest_bytes(shape.manifest) // GRANULE) * GRANULE

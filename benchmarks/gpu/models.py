@@ -42,7 +42,7 @@ class Plan:
     @staticmethod
     def of(context: Context) -> Plan:
         if context.tiny:
-            return Plan(TINY_SHAPES[:1], ((2, 24),), ((1, 9),), 2, 1 << 20)
+            return Plan(TINY_SHAPES[1:2], ((2, 24),), ((1, 9),), 2, 1 << 20)
         free, _ = torch.cuda.mem_get_info() if context.cuda else (0, 0)
         grid = [(batch, length) for length in CONTEXTS for batch in BATCHES]
         cells = tuple(dict.fromkeys((HEADLINE, *grid)))

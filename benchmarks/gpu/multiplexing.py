@@ -43,7 +43,7 @@ class Plan:
     @staticmethod
     def of(context: Context) -> Plan:
         if context.tiny:
-            return Plan(TINY_SHAPES[0], 2, 24, 2, 9, 0.0, 1 << 20)
+            return Plan(TINY_SHAPES[1], 2, 24, 2, 9, 0.0, 1 << 20)
         return Plan(LLAMA_3_8B, 32, 2048, 32, 2048, 1.2, 12 << 30)
 
 

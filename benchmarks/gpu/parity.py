@@ -24,6 +24,7 @@ from muxserve.engine.cuda.filling import fill
 from muxserve.engine.messages import Step
 
 Tokens = list[int]
+CPU_ENGINE = "CPU engine"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 
 
@@ -40,20 +41,25 @@ class Case:
     head_dim: int = 64
 
 
+def cases(context: Context, reference: str) -> list[Case]:
+    """What the reference can say something of."""
+    plain = Context(context.device, context.tiny, context.ends)
+    if context.tiny:
+        return [Case(plain, "gemma3_text", "float32", (9, 1), 3, 6)]
+    lengths = (1, 17, 64, 200, 333)
+    found = [Case(plain, family, "float32", lengths, 48, 96) for family in FAMILIES]
+    found.append(Case(plain, "qwen3", "float32", lengths, 48, 96, head_dim=128))
+    if reference == CPU_ENGINE:
+        found += [Case(plain, family, "bfloat16", lengths, 48, 96) for family in ("llama", "gemma3_text")]
+    return found
+
+
 def run(context: Context) -> dict[str, Any]:
     """Several at once: each compiles kernels of its own."""
-    plain = Context(context.device, context.tiny, context.ends)
     found: dict[str, Any] = {"reference": _reference(), "cases": [], "failed": []}
-    if context.tiny:
-        cases = [Case(plain, "gemma3_text", "float32", (9, 1), 3, 6)]
-    else:
-        lengths = (1, 17, 64, 200, 333)
-        cases = [Case(plain, family, "float32", lengths, 48, 96) for family in FAMILIES]
-        cases.append(Case(plain, "qwen3", "float32", lengths, 48, 96, head_dim=128))
-        if found["reference"] == "CPU engine":
-            cases += [Case(plain, family, "bfloat16", lengths, 48, 96) for family in ("llama", "gemma3_text")]
-    context.keep(found, f"{len(cases)} models")
-    for case, outcome in side_by_side(context, check, cases):
+    wanted = cases(context, found["reference"])
+    context.keep(found, f"{len(wanted)} models")
+    for case, outcome in side_by_side(context, check, wanted):
         about = {"family": case.family, "dtype": case.dtype, "head_dim": case.head_dim}
         if isinstance(outcome, Exception):
             found["failed"].append({**about, "error": str(outcome)})
@@ -102,11 +108,11 @@ def _reference() -> str:
         load()
     except (OSError, RuntimeError):
         return "reference decoder"
-    return "CPU engine"
+    return CPU_ENGINE
 
 
 def _expected(checkpoint: Checkpoint, prompts: Sequence[Tokens], case: Case) -> list[Tokens]:
-    if _reference() == "CPU engine":
+    if _reference() == CPU_ENGINE:
         from tests.engine.cpu import CpuEngine
 
         most = max(case.prompts) + case.new

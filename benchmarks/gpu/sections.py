@@ -33,14 +33,14 @@ _SERVICES = (
 )
 
 SECTIONS = (
-    Section("environment", 20, ("torch", "numpy")),
+    Section("environment", 15, ("torch", "numpy")),
     Section("kernels", 45, _ENGINE),
-    Section("ipc", 20, _ENGINE, _CUDA),
-    Section("attention", 70, _ENGINE),
+    Section("ipc", 15, _ENGINE, _CUDA),
+    Section("attention", 65, _ENGINE),
     Section("models", 100, _ENGINE, _CUDA),
-    Section("multiplexing", 60, _ENGINE, _CUDA),
+    Section("multiplexing", 55, _ENGINE, _CUDA),
     Section("memory", 15, _ENGINE, _CUDA),
-    Section("parity", 30, _ENGINE, _CUDA),
+    Section("parity", 45, _ENGINE, _CUDA),
     Section("peer", 50, (*_ENGINE, "transformers", "accelerate"), _CUDA),
     Section("service", 60, (*_ENGINE, *_CHECKPOINTS, *_SERVICES), _CUDA),
     Section("tune", 400, _ENGINE, by_default=False),

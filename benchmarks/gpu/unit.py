@@ -180,14 +180,16 @@ class Unit:
         self._owner.free(model.weights)
 
     def place(self, model: Served, lengths: Sequence[int]) -> list[int]:
-        """Slots for sequences of so many known tokens, whose KV is whatever lies in their blocks."""
+        """Slots for sequences of so many known tokens, whose KV is whatever lies in their blocks. Raises
+        MemoryError, with nothing placed."""
         slots, tables, layout = [], model.tables, model.layout
+        wanted = sum(map(layout.spans, lengths)) * layout.blocks_per_span
+        if wanted > len(self._free):
+            raise MemoryError(f"{wanted} blocks are wanted and {len(self._free)} are free")
         for length in lengths:
             slot = tables.acquire(model.name)
             slots.append(slot)
             count = layout.spans(length) * layout.blocks_per_span
-            if count > len(self._free):
-                raise MemoryError(f"{count} blocks are wanted and {len(self._free)} are free")
             ids, self._free = self._free[:count], self._free[count:]
             tables.assign(slot, 0, ids.reshape(-1, layout.blocks_per_span))
             tables.tokens[slot, :length] = (np.arange(length) * 7919 + 31 * slot) % model.spec.vocab_size

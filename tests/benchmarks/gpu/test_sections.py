@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu import kernels, parity
+from benchmarks.gpu.attention_cells import decode_cells, prefill_cells
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.process import SectionProcess, measure, missing
 from benchmarks.gpu.report import summary
 from benchmarks.gpu.sections import BY_NAME, SECTIONS, Section
+from benchmarks.gpu.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ("--device", "cpu", "--tiny")
@@ -61,15 +65,15 @@ def test_sections_in_processes(tmp_path: Path) -> None:
 
 def test_sections_in_one_process(tmp_path: Path) -> None:
     names = ("kernels", "models", "memory", "parity")
-    kernels, models, memory, parity = found_of(run(tmp_path, "--inline", "--only", ",".join(names)), *names)
-    assert not kernels["failed"]
-    assert not kernels["not_run"]
+    checked, models, memory, same = found_of(run(tmp_path, "--inline", "--only", ",".join(names)), *names)
+    assert not checked["failed"]
+    assert not checked["not_run"]
     (shape,) = models["shapes"].values()
     assert shape["decode"][0]["tokens_per_s"] > 0
     assert shape["eager"]["prefill"][0]["tokens_per_s"] > 0
     assert memory["most_beyond_weights"] == 0
-    assert not parity["failed"]
-    assert parity["cases"][0]["equal"] == parity["cases"][0]["tokens"]
+    assert not same["failed"]
+    assert same["cases"][0]["equal"] == same["cases"][0]["tokens"]
 
 
 @pytest.mark.slow
@@ -87,16 +91,14 @@ def test_all_sections(tmp_path: Path) -> None:
 
 def test_what_is_there_is_kept_when_the_run_is_cut_off(tmp_path: Path) -> None:
     process = start(tmp_path, "--only", "environment,models")
-    results = tmp_path / "results.json"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if results.exists() and "models" in (so_far := json.loads(results.read_text()))["sections"]:
-            break
-        time.sleep(0.05)
-    assert "ceilings" in so_far["sections"]["environment"]["found"]
+    assert process.stderr is not None
+    while "models: begins" not in (line := process.stderr.readline()):
+        assert line
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
-    assert json.loads(results.read_text())["cut_off"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["cut_off"]
+    assert "ceilings" in results["sections"]["environment"]["found"]
     assert "CUT OFF" in printed
     assert "environment" in printed
     with pytest.raises(ProcessLookupError):  # none of it is left
@@ -112,6 +114,21 @@ def test_a_section_that_fails_is_recorded_with_its_traceback(tmp_path: Path) -> 
     text = summary({"device": "cpu", "tiny": False, "sections": {"models": result}})
     assert "FAILED" in text
     assert "?    MiB of a model more" in text
+
+
+def test_what_other_processes_are_given_can_be_sent_there() -> None:
+    context = Context("cuda", False, 0.0)
+    cells = [cell for group in (*decode_cells(context), *prefill_cells(context)) for cell in group]
+    for what in (kernels.cases(context), cells, parity.cases(context, parity.CPU_ENGINE)):
+        assert pickle.loads(pickle.dumps(what)) == what
+
+
+def test_shapes_have_as_many_parameters_as_their_names_say() -> None:
+    billions = []
+    for shape in SHAPES:
+        heads = shape.head_parameters * (1 if shape.tied else 2)
+        billions.append(round((shape.layer_parameters + heads) / 1e9, 2))
+    assert billions == [8.03, 6.74, 4.02]
 
 
 def test_a_section_whose_modules_are_missing_is_known_before_it_starts() -> None:
