@@ -1,8 +1,8 @@
 """transformers' continuous batching on the shape of Llama-3-8B, and ours, by turns, on the same prompts.
 
 Both have random weights, generate greedily, and stop at no token. Ours runs as an executor does: prompts in
-prefill jobs, then one decode job. Theirs runs in the better of its modes here; the attention it finds without
-a download is torch's.
+prefill jobs, then one decode job. Theirs takes as many tokens to a batch, and runs with CUDA graphs and as it
+is by itself: the better counts. The attention that it has without a download is torch's.
 """
 
 from __future__ import annotations
@@ -186,7 +186,10 @@ class _Theirs:
         if self._kept != (mode, workload.name):  # what it keeps is sized for one workload
             self._model.destroy_cached_continuous_batching_manager()
             self._kept = (mode, workload.name)
-        size = {"num_blocks": 8} if self._tiny else {"max_memory_percent": 0.5}
+        # Sized for the workload: what it would choose by itself depends on the memory that is free, and how
+        # long its warm-up takes, and how wide its masks are, on that.
+        blocks = sum(-(-(length + workload.new) // 256) for length in workload.lengths)
+        size = {"num_blocks": 2 * blocks, "max_batch_tokens": 64 if self._tiny else PER_JOB}
         batching = self._library.ContinuousBatchingConfig(use_cuda_graph=graphs, **size)
         generation = self._library.GenerationConfig(
             max_new_tokens=workload.new, do_sample=False, eos_token_id=-1, pad_token_id=0
