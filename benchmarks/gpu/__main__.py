@@ -41,7 +41,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for results.json, summary.txt and log.txt")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (8)")
     names = ", ".join(section.name for section in SECTIONS)
-    parser.add_argument("--only", default="", metavar="A,B", help=f"these sections, of {names}")
+    parser.add_argument(
+        "--only", default="", metavar="A,B", help=f"these sections beside environment, of {names}"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(
         "--tiny", action="store_true", help="shapes of a few hundred elements: finds faults, measures nothing"
@@ -69,6 +71,7 @@ class Run:
         self._begun = time.monotonic()
         self._ends = self._begun + 60 * options.minutes
         wanted = options.only.split(",") if options.only else []
+        wanted += ["environment"] if wanted else []  # what the others' figures are fractions of
         self.sections = [s for s in SECTIONS if (s.name in wanted if wanted else s.by_default)]
         self.results: dict[str, Any] = {
             "command": sys.argv[1:],

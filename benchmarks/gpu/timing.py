@@ -57,6 +57,7 @@ def captured(call: Call, device: torch.device) -> Call:
         return call
     new_stream: Callable[..., Any] = torch.cuda.Stream
     stream = new_stream(device)
+    torch.cuda.synchronize(device)  # what the call reads may just be written, on another stream
     with torch.cuda.stream(stream):
         call()
         call()

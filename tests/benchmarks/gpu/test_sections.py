@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -21,6 +22,7 @@ from benchmarks.gpu.process import SectionProcess, measure, missing
 from benchmarks.gpu.report import summary
 from benchmarks.gpu.sections import BY_NAME, SECTIONS, Section
 from benchmarks.gpu.shapes import SHAPES
+from benchmarks.gpu.side import side_by_side
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ("--device", "cpu", "--tiny")
@@ -54,7 +56,7 @@ def found_of(results: dict[str, Any], *names: str) -> list[dict[str, Any]]:
 
 def test_sections_in_processes(tmp_path: Path) -> None:
     environment, ipc, attention = found_of(
-        run(tmp_path, "--only", "ipc,attention,environment"), "environment", "ipc", "attention"
+        run(tmp_path, "--only", "ipc,attention"), "environment", "ipc", "attention"
     )
     assert environment["ceilings"]["copy_bytes_per_s"] > 0
     assert ipc["right"]
@@ -64,14 +66,11 @@ def test_sections_in_processes(tmp_path: Path) -> None:
 
 
 def test_sections_in_one_process(tmp_path: Path) -> None:
-    names = ("kernels", "models", "memory", "parity")
-    checked, models, memory, same = found_of(run(tmp_path, "--inline", "--only", ",".join(names)), *names)
-    assert not checked["failed"]
-    assert not checked["not_run"]
+    names = ("environment", "models", "parity")
+    _, models, same = found_of(run(tmp_path, "--inline", "--only", ",".join(names)), *names)
     (shape,) = models["shapes"].values()
     assert shape["decode"][0]["tokens_per_s"] > 0
     assert shape["eager"]["prefill"][0]["tokens_per_s"] > 0
-    assert memory["most_beyond_weights"] == 0
     assert not same["failed"]
     assert same["cases"][0]["equal"] == same["cases"][0]["tokens"]
 
@@ -80,6 +79,9 @@ def test_sections_in_one_process(tmp_path: Path) -> None:
 def test_all_sections(tmp_path: Path) -> None:
     names = [section.name for section in SECTIONS]
     found = dict(zip(names, found_of(run(tmp_path, "--only", ",".join(names)), *names), strict=True))
+    assert not found["kernels"]["failed"]
+    assert not found["kernels"]["not_run"]
+    assert found["memory"]["most_beyond_weights"] == 0
     assert {point["way"] for point in found["multiplexing"]["points"]} == {
         *("alone", "turns", "streams", "shares")
     }
@@ -90,7 +92,7 @@ def test_all_sections(tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_kept_when_the_run_is_cut_off(tmp_path: Path) -> None:
-    process = start(tmp_path, "--only", "environment,models")
+    process = start(tmp_path, "--only", "models")
     assert process.stderr is not None
     while "models: begins" not in (line := process.stderr.readline()):
         assert line
@@ -121,6 +123,13 @@ def test_what_other_processes_are_given_can_be_sent_there() -> None:
     cells = [cell for group in (*decode_cells(context), *prefill_cells(context)) for cell in group]
     for what in (kernels.cases(context), cells, parity.cases(context, parity.CPU_ENGINE)):
         assert pickle.loads(pickle.dumps(what)) == what
+
+
+def test_processes_side_by_side_give_what_each_makes_of_its_item() -> None:
+    context = Context("cuda", False, time.monotonic() + 60)
+    found = dict(side_by_side(context, math.sqrt, [4.0, -1.0, 9.0]))
+    assert (found[4.0], found[9.0]) == (2.0, 3.0)
+    assert str(found[-1.0]).startswith("ValueError")
 
 
 def test_shapes_have_as_many_parameters_as_their_names_say() -> None:
