@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from muxserve.scheduler.policy import create
 from muxserve.scheduler.policy.interface import (
@@ -21,6 +22,11 @@ from tests.scheduler.world import Job, Request, Shape, World
 
 def adbs(**options: float) -> Policy:
     return create("adbs", PolicyOptions(**options))  # type: ignore[arg-type]
+
+
+def lending(**options: float) -> Policy:
+    """ADBS, and what nobody claims is lent."""
+    return create("mux", replace(PolicyOptions(**options).plain(), borrow=True))  # type: ignore[arg-type]
 
 
 def prefills(decisions: Sequence[Decision]) -> list[PrefillJob]:
@@ -132,7 +138,7 @@ def test_a_sequence_that_finished_its_prefill_joins_the_batch_at_once() -> None:
 
 def test_a_prefill_that_does_not_fit_stops_the_admission_of_decodes_that_take_blocks() -> None:
     world = World(adbs(lease_steps=1), 30, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
-    world.quotas = {"a": 15, "b": 15}
+    world.quotas = {"a": 17, "b": 13}
     old = running(world, "a", 40, 50)
     new = running(world, "a", 8, 50, decoded=False)
     roomy = running(world, "a", 9, 50, decoded=False)
@@ -160,7 +166,7 @@ def test_nobody_is_admitted_before_a_prefill_that_is_entitled_and_waits() -> Non
 
 
 def test_what_nobody_wants_is_lent_beyond_the_quota() -> None:
-    world = World(adbs(), 100, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
+    world = World(lending(), 100, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
     world.quotas = {"a": 10, "b": 90}
     for _ in range(3):
         world.add("a", 40, 50)
@@ -172,7 +178,7 @@ def test_what_nobody_wants_is_lent_beyond_the_quota() -> None:
 
 
 def test_borrowed_blocks_are_given_back_newest_first_when_their_owner_wants_them() -> None:
-    world = World(adbs(lease_steps=1), 100, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
+    world = World(lending(lease_steps=1), 100, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
     world.quotas = {"a": 40, "b": 60}
     holders = [running(world, "a", 79, 40) for _ in range(4)]
     world.add("b", 120, 5)
@@ -182,7 +188,7 @@ def test_borrowed_blocks_are_given_back_newest_first_when_their_owner_wants_them
 
 
 def test_a_model_above_its_quota_preempts_nobody_to_begin() -> None:
-    world = World(adbs(), 100, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
+    world = World(lending(), 100, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
     world.quotas = {"a": 50, "b": 50}
     running(world, "b", 190, 200)
     running(world, "a", 190, 200)
@@ -193,7 +199,7 @@ def test_a_model_above_its_quota_preempts_nobody_to_begin() -> None:
 
 
 def test_decodes_without_blocks_preempt_the_newest_of_the_model_most_above_its_quota() -> None:
-    world = World(adbs(), 30, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
+    world = World(lending(), 30, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
     world.quotas = {"a": 20, "b": 10}
     oldest = running(world, "a", 40, 50)
     borrowers = [running(world, "b", 32, 50), running(world, "b", 40, 50)]
@@ -205,7 +211,7 @@ def test_decodes_without_blocks_preempt_the_newest_of_the_model_most_above_its_q
 
 
 def test_the_oldest_sequence_is_never_preempted() -> None:
-    world = World(adbs(), 25, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
+    world = World(lending(), 25, {"a": Shape(4, 1, 8), "b": Shape(4, 1, 8)})
     world.quotas = {"a": 5, "b": 20}
     oldest = running(world, "a", 80, 15)
     newer = running(world, "b", 16, 50)

@@ -209,7 +209,7 @@ async def test_quotas_are_kept_in_redis_and_follow_an_administrator(setting: Set
     await eventually(lambda: worker.quotas == {"a": 300, "b": 700})
     stored = await store.read("unit-0")
     change = admin_pb2.Quotas(unit="unit-0", revision=stored.revision + 1, blocks={"a": 500, "b": 500})
-    assert await store.compare_and_set(change, stored.revision)
+    assert await store.compare_and_set(change, stored.revision, "admin", 1.0)
     await eventually(lambda: worker.quotas == {"a": 500, "b": 500})
     status = await running.status()
     assert [model.quota_blocks for model in status.models] == [500, 500]
@@ -227,7 +227,7 @@ async def test_a_scheduler_that_restarts_keeps_the_quotas(setting: Setting) -> N
     worker = await setting.worker(1000, {"a": shape(), "b": shape()})
     await setting.place(worker)
     change = admin_pb2.Quotas(unit="unit-0", revision=7, blocks={"a": 900, "b": 100})
-    assert await QuotaStore(setting.redis).compare_and_set(change, 0)
+    assert await QuotaStore(setting.redis).compare_and_set(change, 0, "admin", 1.0)
     await setting.scheduler()
     await eventually(lambda: worker.quotas == {"a": 900, "b": 100})
     assert worker.quota_revision >= 7

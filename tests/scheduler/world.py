@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from muxserve.scheduler.policy.interface import (
     AdaptQuotas,
+    AskAgain,
     Decision,
     DecodeJob,
     EndLease,
@@ -15,6 +18,7 @@ from muxserve.scheduler.policy.interface import (
     Pool,
     Preempt,
     PrefillJob,
+    Refuse,
     Running,
     RunningJob,
     Snapshot,
@@ -29,6 +33,8 @@ class Shape:
     slots: int
     rate: float = 0.0
     pinned: int = 0
+    ttft: float = 0.0
+    tpot: float = 0.0
 
 
 @dataclass
@@ -46,6 +52,13 @@ class Request:
     jobs: list[int] = field(default_factory=list)
     """The job that runs, and the decode job that is to follow it."""
     preemptions: int = 0
+    tenant: str = ""
+    priority: int = 0
+    deadline: float = math.inf
+    first: float = 0.0
+    """When its first token came."""
+    end: float = 0.0
+    """When it was finished."""
 
     @property
     def tokens(self) -> int:
@@ -73,6 +86,16 @@ class Job:
     ending: bool = False
     closing: dict[str, int] = field(default_factory=dict)
     closing_slots: dict[str, int] = field(default_factory=dict)
+    sampled: int = 0
+    """Tokens decoded."""
+    whose: list[str] = field(default_factory=list)
+    """Tenant of each chunk."""
+    tenants: dict[str, int] = field(default_factory=dict)
+    """Tokens decoded by tenant."""
+
+    @property
+    def context(self) -> int:
+        return sum(r.tokens for r in self.members)
 
     @property
     def left(self) -> int:
@@ -93,11 +116,14 @@ class World:
         self.jobs: dict[int, Job] = {}
         self.last_job = 0
         self.now = 0.0
+        self.ask_at = math.inf
+        """When the policy wants to be asked again."""
+        self.refused: list[Request] = []
         self.log: list[Decision] = []
 
-    def add(self, model: str, prompt: int, output: int) -> Request:
-        number = len(self.requests) + len(self.finished) + 1
-        request = Request(number, model, prompt, output, self.now)
+    def add(self, model: str, prompt: int, output: int, **more: Any) -> Request:
+        number = len(self.requests) + len(self.finished) + len(self.refused) + 1
+        request = Request(number, model, prompt, output, self.now, **more)
         self.requests[number] = request
         return request
 
@@ -123,16 +149,14 @@ class World:
                     blocks_per_span=shape.blocks_per_span,
                     slots_free=shape.slots - sum(r.open for r in mine) - closing_slots,
                     quota=self.quotas.get(name),
-                    waiting=tuple(
-                        Waiting(r.number, r.arrival, r.tokens, r.computed, r.groups, r.open, bool(r.jobs))
-                        for r in mine
-                        if not r.running
-                    ),
+                    waiting=tuple(self.waiting(r) for r in mine if not r.running),
                     running=tuple(self.running(r) for r in mine if r.running),
                     held=sum(map(self.blocks, mine)),
                     closing=sum(job.closing.get(name, 0) for job in self.jobs.values()),
                     pinned_quota=shape.pinned,
                     rate=shape.rate,
+                    ttft_target=shape.ttft,
+                    tpot_target=shape.tpot,
                 )
             )
         jobs = tuple(
@@ -167,15 +191,43 @@ class World:
             for other in self.jobs.values()
         )
 
+    def waiting(self, r: Request) -> Waiting:
+        return Waiting(
+            r.number,
+            r.arrival,
+            r.tokens,
+            r.computed,
+            r.groups,
+            r.open,
+            bool(r.jobs),
+            r.priority,
+            r.limit,
+            r.tenant,
+            r.deadline,
+            r.emitted > 0,
+        )
+
     def running(self, r: Request) -> Running:
         length, renew = r.tokens, False
         if r.jobs and self.ends_soon(job := self.jobs[r.jobs[0]]) and r.tokens + job.left < r.limit:
             length, renew = r.tokens + job.left, True
-        return Running(r.number, r.arrival, length, r.limit, r.groups, bool(r.jobs), r.decoded, renew)
+        return Running(
+            r.number,
+            r.arrival,
+            length,
+            r.limit,
+            r.groups,
+            bool(r.jobs),
+            r.decoded,
+            renew,
+            r.priority,
+            r.tenant,
+        )
 
     # What it decides
 
     def decide(self) -> list[Decision]:
+        self.ask_at = math.inf
         decisions = list(self.policy.decide(self.snapshot(), self.now))
         self.log += decisions
         for decision in decisions:
@@ -192,7 +244,14 @@ class World:
                 self.close(self.requests[number])
             case EndLease(job):
                 self.end_lease(self.jobs[job])
-            case PrefillJob(model, chunks):
+            case AskAgain(at):
+                assert at > self.now
+                self.ask_at = at
+            case Refuse(number):
+                request = self.requests.pop(number)
+                assert not request.open and not request.emitted, "what was begun is not refused"
+                self.refused.append(request)
+            case PrefillJob(model, chunks, _, borrow):
                 assert all(isinstance(job.what, DecodeJob) for job in self.jobs.values()), (
                     "one prefill at a time"
                 )
@@ -202,8 +261,9 @@ class World:
                     assert request.computed == chunk.start < chunk.end <= request.tokens
                     request.open = True
                     self.grow(request, chunk.end)
+                self.check_quota(model, borrow)
                 self.start(decision, members)
-            case DecodeJob(model, sequences, steps):
+            case DecodeJob(model, sequences, steps, _, borrow):
                 assert steps >= 1 and sequences
                 assert all(
                     self.ends_soon(job) or job.ending
@@ -217,7 +277,13 @@ class World:
                     request.decoded = True
                     length = request.tokens + sum(self.jobs[number].left for number in request.jobs)
                     self.grow(request, min(length + steps - 1, request.limit - 1))
+                self.check_quota(model, borrow)
                 self.start(decision, members)
+
+    def check_quota(self, model: str, borrow: bool) -> None:
+        held = sum(self.blocks(r) for r in self.requests.values() if r.model == model)
+        held += sum(job.closing.get(model, 0) for job in self.jobs.values())
+        assert borrow or held <= self.quotas[model], "a job that may not borrow keeps the quota"
 
     def grow(self, request: Request, tokens: int) -> None:
         groups = -(-tokens // self.shapes[request.model].tokens_per_block)
@@ -226,7 +292,8 @@ class World:
     def start(self, what: PrefillJob | DecodeJob, members: list[Request]) -> None:
         assert 0 < what.share <= 1
         self.last_job += 1
-        self.jobs[self.last_job] = Job(self.last_job, what, members)
+        whose = [request.tenant for request in members]
+        self.jobs[self.last_job] = Job(self.last_job, what, members, whose=whose)
         for request in members:
             request.jobs.append(self.last_job)
 
@@ -265,8 +332,7 @@ class World:
                 if request.computed == request.tokens:
                     self.emit(request, job)
             self.end(job)
-            tokens = sum(chunk.end - chunk.start for chunk in job.what.chunks)
-            self.policy.observe(JobEnded("prefill", job.what.model, tokens, tokens / 1000))
+            self.report(job)
             return
         if self.follows(job) and not job.ending:
             return
@@ -277,6 +343,12 @@ class World:
                 self.emit(request, job)
         if job.ending or job.steps == job.what.steps or not job.members:
             self.end(job)
+
+    def report(self, job: Job) -> None:
+        """Tell the policy of a prefill job."""
+        assert isinstance(job.what, PrefillJob)
+        tokens = sum(chunk.end - chunk.start for chunk in job.what.chunks)
+        self.policy.observe(JobEnded("prefill", job.what.model, tokens, tokens / 1000))
 
     def emit(self, request: Request, job: Job) -> None:
         request.emitted += 1

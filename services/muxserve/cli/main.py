@@ -55,7 +55,7 @@ def up(
     workers: Annotated[int | None, typer.Option(help="Worker processes. Default: 1.")] = None,
     block_bytes: Annotated[str | None, typer.Option(help="Size of a KV block. Default: 16KiB.")] = None,
     weight_budget: Annotated[str | None, typer.Option(help="Most memory for weights, per worker.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Scheduling policy. Default: adbs.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Scheduling policy. Default: mux.")] = None,
     port: Annotated[int | None, typer.Option(help="Gateway's port; 0: any free. Default: 8600.")] = None,
     admin_port: Annotated[
         int | None, typer.Option(help="Placement service's port; 0: any free. Default: 8601.")
@@ -222,13 +222,18 @@ def quota_set(
     model: Annotated[str, typer.Argument(help="Model.")],
     blocks: Annotated[int, typer.Argument(help="Blocks that it may hold without borrowing.", min=0)],
     unit: Annotated[str, typer.Option(help="Unit. Default: the only one.")] = "",
-    revision: Annotated[int | None, typer.Option(help="Only if this is the quotas' revision.", min=1)] = None,
+    if_revision: Annotated[
+        int | None, typer.Option(help="Only if this is the quotas' revision.", min=1)
+    ] = None,
+    follow: Annotated[
+        float, typer.Option(help="Seconds to wait until it is applied; 0: do not.", min=0, metavar="SECONDS")
+    ] = 0.0,
     admin: Admin = DEFAULT_ADMIN,
 ) -> None:
     """Set the block quota of a model, until the policy adapts it again."""
     from muxserve.cli import quota as command
 
-    raise typer.Exit(command.set_quota(admin, model, blocks, unit, revision))
+    raise typer.Exit(command.set_quota(admin, model, blocks, unit, if_revision, follow))
 
 
 @app.command()

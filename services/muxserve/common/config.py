@@ -62,7 +62,7 @@ def _check_models(models: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
 Models = Annotated[tuple[ModelEntry, ...], AfterValidator(_check_models)]
 """Models, at least one, with unique names."""
 
-PolicyName = Literal["adbs", "fcfs"]
+PolicyName = Literal["mux", "adbs", "fcfs", "round_robin", "temporal", "spatial"]
 ServiceKind = Literal["gateway", "placement", "scheduler", "worker"]
 
 
@@ -83,7 +83,7 @@ class DeploymentConfig(BaseSettings):
     """Worker processes, each with an arena of its own."""
     weight_budget: Bytes | None = None
     """Bytes that weights may take on each worker. Absent: the worker's default."""
-    policy: PolicyName = "adbs"
+    policy: PolicyName = "mux"
     """How the scheduler shares a unit among its models."""
     port: int = Field(8600, ge=0, le=65535)
     """Port of the gateway; 0 is any free one."""

@@ -54,6 +54,8 @@ class Unit:
         self.seats = Seats()
         self.quotas: dict[str, int] = {}
         self.quota_revision = 0
+        self.quotas_in_force: worker_pb2.QuotasInForce | None = None
+        """What the worker says became of them; of its Jobs stream, so of a revision of this unit's."""
         self.on_change: Callable[[], None] = lambda: None
         """Called after every turn: room in the queues or quotas may have changed."""
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -208,6 +210,7 @@ class Unit:
         for request in list(self._requests.values()):
             if misfit := self._misfit(request):
                 self.fail(request, code_pb2.INVALID_ARGUMENT, misfit)
+        self.quotas_in_force = None
         self._send_quotas()
         self.ask_turn()
 
@@ -223,6 +226,8 @@ class Unit:
                 self._reports.on_step(response.step)
             case "done":
                 self._reports.on_done(response.done)
+            case "quotas":
+                self.quotas_in_force = response.quotas
             case "info":
                 self.seats.update(response.info)
                 self.ask_turn()

@@ -2,9 +2,8 @@
 
 Prefill first, round-robin over models, one prefill job at a time. A prompt that its model is entitled to
 begin (within the model's quota, or the model holds nothing) but that does not fit stops every other
-admission, and the admission of sequences to decode where that would take blocks, until it fits; models
-above their quota give their newest sequences back for it. What fits beyond a quota is borrowed. Then decode
-jobs, round-robin. Quotas follow use.
+admission, and the admission of sequences to decode where that would take blocks, until it fits. Then decode
+jobs, round-robin. Quotas are hard, but for a lone sequence that needs more, and follow use.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ class Adbs:
     name = "adbs"
 
     def __init__(self, options: PolicyOptions) -> None:
-        self._options = options
-        self._pace = PrefillPace(options)
+        self._options = options.plain()
+        self._pace = PrefillPace(self._options)
         self._last_prefill = ""
         self._last_decode = ""
         self._prefill_waiting: str | None = None
@@ -47,7 +46,7 @@ class Adbs:
 
     def decide(self, snapshot: Snapshot, now: float) -> Sequence[Decision]:
         """See `Policy`."""
-        plan = Plan(snapshot, self._options, self._quotas(snapshot, now))
+        plan = Plan(snapshot, self._options, self._quotas(snapshot, now), hard=not self._options.borrow)
         if plan.quotas != {m.model: m.quota for m in snapshot.models}:
             plan.decisions.append(AdaptQuotas(plan.quotas))
         if not plan.prefilling:
@@ -61,29 +60,50 @@ class Adbs:
         self._pace.observe(event)
 
     def _prefill(self, plan: Plan) -> None:
-        order = [plan.models[name] for name in rotated(plan.models, self._last_prefill)]
-        order.sort(key=lambda m: m.model != self._prefill_waiting)  # stable: the one that waits comes first
+        order = self._order(plan)
+        order.sort(key=lambda each: each[0].model != self._prefill_waiting)  # stable: who waits comes first
         self._prefill_waiting = None
-        for admit in (self._entitled, self._borrowing):
-            for model in order:
-                queue = plan.queue(model)
+        for admit in (self._entitled, self._borrowing) if self._options.borrow else (self._entitled,):
+            for model, queue in order:
                 if self._prefill_waiting:
                     queue = [w for w in queue if w.open]
                 chunks = plan.chunks(
                     model,
                     queue,
-                    self._pace.budget(model.model),
-                    lambda m, w, need, admit=admit: admit(plan, m, w, need),  # type: ignore[misc]
+                    self._budget(plan, model),
+                    lambda m, w, need, admit=admit: (  # type: ignore[misc]
+                        self._may_begin(plan, m, w) and admit(plan, m, w, need)
+                    ),
                 )
                 if chunks:
-                    plan.prefill(model, chunks)
+                    plan.prefill(model, chunks, self._shares(plan)[0])
                     self._last_prefill = model.model
                     return
 
+    def _order(self, plan: Plan) -> list[tuple[ModelSnapshot, list[Waiting]]]:
+        """Models with prompts in the order in which they may begin, with their queues."""
+        models = (plan.models[name] for name in rotated(plan.models, self._last_prefill))
+        return [(model, queue) for model in models if (queue := plan.queue(model))]
+
+    def _budget(self, plan: Plan, model: ModelSnapshot) -> int:
+        """Most prompt tokens of the next job of `model`."""
+        return self._pace.budget(model.model)
+
+    def _may_begin(self, plan: Plan, model: ModelSnapshot, waiting: Waiting) -> bool:
+        """Whether a new sequence may begin, whatever there is of blocks."""
+        return True
+
+    def _steps(self, plan: Plan) -> int | None:
+        """Most steps of a lease. None: as the plan has it."""
+        return None
+
+    def _shares(self, plan: Plan) -> tuple[float, float]:
+        """Compute shares of a prefill job and of decode jobs beside each other."""
+        return self._options.prefill_share, self._options.decode_share
+
     def _entitled(self, plan: Plan, model: ModelSnapshot, waiting: Waiting, need: int) -> bool:
         """Whether an entitled prompt may begin. One that does not fit waits at the head of the whole unit."""
-        held = plan.held[model.model]
-        if held and held + need > plan.quotas[model.model]:
+        if not plan.within(model, need + (plan.headroom(model) if plan.hard else 0)):
             return False
         needed = need + plan.headroom()
         if needed > plan.available + plan.incoming:
@@ -101,10 +121,13 @@ class Adbs:
         settled = False
         while not settled:
             decided = len(plan.decisions)
-            for name in rotated(plan.decodable(), self._last_decode):
+            if not (able := plan.decodable()):
+                return
+            steps, share = self._steps(plan), self._shares(plan)[1]
+            for name in rotated(able, self._last_decode):
                 model = plan.models[name]
                 batch = [r for r in plan.idle(model) if not self._paused(plan, model, r)]
-                if batch and plan.decode(model, batch):
+                if batch and plan.decode(model, batch, steps, share):
                     self._last_decode = name
                     break
             # A preemption alone may let somebody decode who was passed over.
@@ -122,10 +145,10 @@ class Adbs:
     def _quotas(self, snapshot: Snapshot, now: float) -> dict[str, int]:
         """Quotas to plan with: new if a model has none yet, or adapted if it is time."""
         models, total = snapshot.models, snapshot.pool.total
-        current = {m.model: m.quota for m in models if m.quota is not None}
-        if len(current) < len(models) or any(quota > total for quota in current.values()):
+        current, new = quotas.in_force(models, total, self._options.min_share)
+        if new:
             self._start_over(models, now)
-            return quotas.initial(models, total, self._options.min_share)
+            return current
         if self._adapted == float("-inf") or set(self._held) != set(current):
             self._start_over(models, now)
             return current

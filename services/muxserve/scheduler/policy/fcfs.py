@@ -15,8 +15,8 @@ class Fcfs:
     name = "fcfs"
 
     def __init__(self, options: PolicyOptions) -> None:
-        self._options = options
-        self._pace = PrefillPace(options)
+        self._options = options.plain()
+        self._pace = PrefillPace(self._options)
 
     def decide(self, snapshot: Snapshot, now: float) -> Sequence[Decision]:
         """See `Policy`."""

@@ -10,6 +10,8 @@ LEAST = 32
 """Smaller jobs waste more than they give back."""
 MEMORY = 0.5
 """Weight of the newest observation."""
+SLOW = 1000.0
+"""Tokens per second that are assumed before anything is known."""
 
 
 class PrefillPace:
@@ -32,3 +34,7 @@ class PrefillPace:
         speed = self._speed.get(model)
         wanted = FIRST if speed is None else int(speed * self._options.chunk_seconds)
         return max(1, min(self._options.chunk_tokens, max(LEAST, wanted)))
+
+    def seconds(self, model: str, tokens: int) -> float:
+        """How long a prefill job of so many tokens takes, about."""
+        return tokens / self._speed.get(model, SLOW)

@@ -1,7 +1,11 @@
-"""`Plan`: the working books of one decision. What policies share: chunks, leases, and who gives way."""
+"""`Plan`: the working books of one decision. What policies share: chunks, leases, and who gives way.
+
+A decision looks at few of the sequences that run, so books over all of them are made when asked for.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +18,9 @@ from muxserve.scheduler.policy.interface import (
     PolicyOptions,
     Preempt,
     PrefillJob,
+    Refuse,
     Running,
+    RunningJob,
     Snapshot,
     Waiting,
 )
@@ -23,7 +29,7 @@ LEAST_CHUNK = 16
 """A prompt is not begun with fewer tokens than this at the end of another's chunk."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Holder:
     """A sequence that holds blocks or was promised some."""
 
@@ -34,6 +40,7 @@ class Holder:
     """Held and promised."""
     promised: int
     in_job: bool
+    priority: int
 
 
 class Plan:
@@ -42,56 +49,117 @@ class Plan:
     A prompt that was begun has been promised blocks for all of its known tokens: they count as held, so
     that prompts in chunks never wait for each other half-way. The oldest holder is never preempted: as long
     as every request fits the arena alone, somebody always gets on.
+
+    With `hard` quotas a model holds no more than its own, but for one sequence that is alone and still needs
+    more.
     """
 
-    def __init__(self, snapshot: Snapshot, options: PolicyOptions, quotas: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        options: PolicyOptions,
+        quotas: Mapping[str, int],
+        hard: bool = False,
+        priorities: bool = False,
+    ) -> None:
         self.options = options
         self.quotas = quotas
         """Empty: nobody has a quota, and the newest gives way first."""
+        self.hard = hard
         self.decisions: list[Decision] = []
         self.models = {m.model: m for m in snapshot.models}
-        self._running = {
-            m.model: sorted(m.running, key=lambda r: (r.arrival, r.sequence)) for m in snapshot.models
-        }
         self.jobs = snapshot.jobs
         self.prefilling = any(job.kind == "prefill" for job in snapshot.jobs)
-        self.incoming = sum(m.closing for m in snapshot.models)
-        """Blocks that come back when running jobs end."""
+        self.closing = {m.model: m.closing for m in snapshot.models}
+        """Blocks that come back when running jobs end; until then they count against their quota."""
         self.slots = {m.model: m.slots_free for m in snapshot.models}
-        self.holders = sorted(
-            (holder for m in snapshot.models for holder in _holders(m)),
-            key=lambda holder: (holder.arrival, holder.sequence),
-        )
-        """Oldest first."""
-        self.held = {m.model: m.held for m in snapshot.models}
-        self.available = snapshot.pool.available
-        for holder in self.holders:
-            self.held[holder.model] += holder.promised
-            self.available -= holder.promised
-        self._senior = self.holders[0].sequence if self.holders else None
-        self._preempted: set[int] = set()
+        self.seated = {m.model: len(m.running) + len(m.begun) for m in snapshot.models}
+        """Sequences that decode, or will when their prompt is computed."""
+        self.held = {m.model: m.held + m.promised for m in snapshot.models}
+        self.available = snapshot.pool.available - sum(m.promised for m in snapshot.models)
+        self._priorities = priorities
+        self._holder_list: list[Holder] | None = None
+        self._gone: set[int] = set()
+        """Sequences that were preempted or refused here."""
         self._started: set[int] = set()
         """Sequences in jobs that were decided here: they do not give way before the next decision."""
         self._decoding = {job.model for job in snapshot.jobs if job.kind == "decode" and not job.ends_soon}
+        self._leases = len([j for j in snapshot.jobs if j.kind == "decode" and not j.ends_soon])
+        """Decode jobs started that are not about to end."""
+
+    def refuse(self, waiting: Waiting, retry_after: float) -> None:
+        """Turn it away."""
+        self.decisions.append(Refuse(waiting.sequence, retry_after))
+        self._gone.add(waiting.sequence)
+
+    # Blocks
+
+    def need(self, model: ModelSnapshot, waiting: Waiting) -> int:
+        """Blocks that beginning `waiting` takes: for all its known tokens."""
+        return (model.spans(waiting.tokens) - waiting.groups) * model.blocks_per_span
+
+    def headroom(self, model: ModelSnapshot | None = None) -> int:
+        """Blocks to leave for the next leases of what runs, on average: without them, admission means
+        preemption soon. Of `model`, or of all."""
+        blocks = 0
+        for m in self.models.values() if model is None else (model,):
+            if count := len(m.running):
+                each = min(self.options.lease_steps / m.tokens_per_block, 1.0)
+                blocks += math.ceil(count * each) * m.blocks_per_span
+        return blocks
+
+    def within(self, model: ModelSnapshot, need: int) -> bool:
+        """Whether the model's quota lets it take `need` more blocks; with nothing held it always does."""
+        held = self.held[model.model] + self.closing[model.model]
+        return not held or held + need <= self.quotas.get(model.model, 0)
+
+    @property
+    def incoming(self) -> int:
+        """Blocks that come back when running jobs end."""
+        return sum(self.closing.values())
+
+    def growth(self, model: ModelSnapshot, running: Running, steps: int) -> int:
+        """Blocks that `steps` more steps take beyond those held. The last token's KV is never written."""
+        groups = model.spans(min(running.length + steps - 1, running.limit - 1))
+        return max(0, groups - running.groups) * model.blocks_per_span
+
+    def _growths(self, model: ModelSnapshot, batch: Sequence[Running], steps: int) -> int:
+        """Of all of `batch`. Written out: this is done for every sequence of a lease."""
+        size, groups = model.tokens_per_block, 0
+        for r in batch:
+            last = r.length + steps
+            more = -(-((last if last < r.limit else r.limit) - 1) // size) - r.groups
+            if more > 0:
+                groups += more
+        return groups * model.blocks_per_span
+
+    def _room(self, model: ModelSnapshot) -> int:
+        """Blocks that the model may take now."""
+        if not self.hard or self._alone(model):
+            return self.available
+        used = self.held[model.model] + self.closing[model.model]
+        return min(self.available, self.quotas.get(model.model, 0) - used)
+
+    def _alone(self, model: ModelSnapshot) -> bool:
+        """Whether one sequence of the model holds blocks, or none."""
+        if len(model.running) + len(model.begun) - len(self._gone) > 1:
+            return False
+        return len(self._left(model)) <= 1
+
+    def _left(self, model: ModelSnapshot) -> list[Running | Waiting]:
+        """What holds blocks of the model's."""
+        holders: list[Running | Waiting] = [*model.running, *model.begun]
+        return [r for r in holders if r.sequence not in self._gone]
 
     # Prefill
 
     def queue(self, model: ModelSnapshot) -> list[Waiting]:
-        """Waiting sequences in the order of service: begun ones first, then by priority and age."""
-        left = (w for w in model.waiting if w.sequence not in self._preempted)
-        return sorted(left, key=lambda w: (not w.open, -w.priority, w.arrival, w.sequence))
-
-    def need(self, model: ModelSnapshot, waiting: Waiting) -> int:
-        """Blocks that beginning `waiting` takes: for all its known tokens."""
-        return (_spans(model, waiting.tokens) - waiting.groups) * model.blocks_per_span
-
-    def headroom(self) -> int:
-        """Blocks to leave for the next leases of what runs; without it, admission means preemption soon."""
-        return sum(
-            self.growth(m, r, self.options.lease_steps)
-            for m in self.models.values()
-            for r in self.idle(m, True)
-        )
+        """Waiting sequences in the order of service: begun ones first, then by priority if that counts, and
+        age."""
+        left = (w for w in model.waiting if w.sequence not in self._gone)
+        if self._priorities:
+            return sorted(left, key=lambda w: (not w.open, -w.priority, w.arrival, w.sequence))
+        return sorted(left, key=lambda w: (not w.open, w.arrival, w.sequence))
 
     def chunks(
         self,
@@ -101,9 +169,12 @@ class Plan:
         admit: Callable[[ModelSnapshot, Waiting, int], bool],
     ) -> tuple[Chunk, ...]:
         """Chunks for up to `budget` tokens. A new sequence takes part if there is a slot and `admit(model,
-        waiting, need)`; the first that may not ends the list."""
+        waiting, need)`; after the first that may not, only those that were begun do."""
         chunks: list[Chunk] = []
+        closed = False
         for waiting in queue:
+            if closed and not waiting.open:
+                continue
             left = waiting.tokens - waiting.computed
             size = min(left, budget)
             if size == 0 or (chunks and size < min(left, LEAST_CHUNK)):
@@ -111,105 +182,131 @@ class Plan:
             if not waiting.open:
                 need = self.need(model, waiting)
                 if self.slots[model.model] == 0 or not admit(model, waiting, need):
-                    break
+                    closed = True
+                    continue
                 self.slots[model.model] -= 1
+                self.seated[model.model] += 1
                 self.available -= need
                 self.held[model.model] += need
             chunks.append(Chunk(waiting.sequence, waiting.computed, waiting.computed + size))
             budget -= size
         return tuple(chunks)
 
-    def prefill(self, model: ModelSnapshot, chunks: tuple[Chunk, ...]) -> None:
+    def prefill(self, model: ModelSnapshot, chunks: tuple[Chunk, ...], share: float | None = None) -> None:
         """Start that job."""
-        self.decisions.append(PrefillJob(model.model, chunks, self.options.prefill_share))
+        share = self.options.prefill_share if share is None else share
+        self.decisions.append(PrefillJob(model.model, chunks, share, self._borrows(model)))
         self.prefilling = True
         self._started.update(chunk.sequence for chunk in chunks)
 
     # Decode
 
-    def idle(self, model: ModelSnapshot, in_jobs: bool = False) -> list[Running]:
-        """Sequences that a decode job may have, oldest first: those in none or in one that ends soon, or all
-        with `in_jobs`."""
-        gone = self._preempted
-        return [
-            r
-            for r in self._running[model.model]
-            if (in_jobs or r.renew or not r.in_job) and r.sequence not in gone
-        ]
+    def idle(self, model: ModelSnapshot) -> Sequence[Running]:
+        """Sequences that a decode job may have, oldest first: those in none or in one that ends soon."""
+        gone = self._gone
+        return [r for r in model.idle if r.sequence not in gone] if gone else model.idle
 
     def anybody_decodes(self) -> bool:
         """Whether some sequence that was in a decode job before is still to go on."""
-        gone = self._preempted
+        gone = self._gone
         return any(r.decoded and r.sequence not in gone for m in self.models.values() for r in m.running)
-
-    def growth(self, model: ModelSnapshot, running: Running, steps: int) -> int:
-        """Blocks that `steps` more steps take beyond those held. The last token's KV is never written."""
-        groups = _spans(model, min(running.length + steps - 1, running.limit - 1))
-        return max(0, groups - running.groups) * model.blocks_per_span
 
     def decodable(self) -> list[str]:
         """Models that could start a decode job, by name; none if enough are started."""
-        started = sum(job.kind == "decode" and not job.ends_soon for job in self.jobs)
-        started += sum(isinstance(decision, DecodeJob) for decision in self.decisions)
-        if started >= self.options.decode_jobs:
+        if self._leases >= self.options.decode_jobs:
             return []
-        return [name for name, m in self.models.items() if name not in self._decoding and self.idle(m)]
+        return [
+            name
+            for name, m in self.models.items()
+            if name not in self._decoding and m.any_idle and (not self._gone or self.idle(m))
+        ]
 
-    def decode(self, model: ModelSnapshot, batch: Sequence[Running]) -> bool:
-        """Start a decode job with those of `batch` (oldest first) that get blocks, with as many steps as fit.
+    def turn_steps(self) -> int:
+        """Steps of a lease: shorter where models take turns, so that none pauses for long."""
+        active = sum(bool(m.running) for m in self.models.values())
+        most = self.options.lease_steps
+        return max(min(2, most), most // max(1, active))
+
+    def decode(
+        self,
+        model: ModelSnapshot,
+        batch: Sequence[Running],
+        steps: int | None = None,
+        share: float | None = None,
+    ) -> bool:
+        """Start a decode job with those of `batch` (oldest first) that get blocks, with as many of `steps`
+        as fit.
 
         If not even one step of all fits, the newest sequences that should give way are preempted. Returns
         whether a job was started.
         """
         if not batch:
             return False
-        steps = self._steps(model, batch)
-        while steps > 1 and sum(self.growth(model, r, steps) for r in batch) > self.available:
+        steps = max(1, min(steps or self.turn_steps(), max(r.limit - r.length for r in batch)))
+        room, total = self._room(model), self._growths(model, batch, steps)
+        while steps > 1 and total > room:
             steps //= 2
-        if any(r.renew for r in batch) and sum(self.growth(model, r, steps) for r in batch) > self.available:
+            total = self._growths(model, batch, steps)
+        if total <= room:
+            self.available -= total
+            self.held[model.model] += total
+            sequences = tuple(r.sequence for r in batch)
+        elif any(r.renew for r in batch):
             return False  # nobody gives way for a job that has time until the one before it ends
-        taken = []
-        for running in batch:
-            need = self.growth(model, running, steps)
-            if running.sequence in self._preempted or not self._make_room(model, running, need):
-                continue
-            self.available -= need
-            self.held[model.model] += need
-            taken.append(running.sequence)
-        sequences = tuple(sequence for sequence in taken if sequence not in self._preempted)
+        else:
+            sequences = self._squeeze(model, batch, steps)
         if not sequences:
             return False
-        self.decisions.append(DecodeJob(model.model, sequences, steps, self.options.decode_share))
+        share = self.options.decode_share if share is None else share
+        self.decisions.append(DecodeJob(model.model, sequences, steps, share, self._borrows(model)))
         self._decoding.add(model.model)
+        self._leases += 1
         self._started.update(sequences)
         return True
 
     def end_leases(self, joins: Callable[[ModelSnapshot, Running], bool]) -> None:
         """End leases that keep a sequence for which `joins` from its batch. Each does a step at least:
         models whose batches change all the time get on too."""
-        for job in self.jobs:
-            if job.kind != "decode" or job.ending or job.last_step or job.fresh:
-                continue
-            if job.model not in self.models:
-                continue
+        for job in self._endable():
             model = self.models[job.model]
             joiners = (
                 r
                 for r in self.idle(model)
                 if not r.in_job
-                and (r.sequence in self._started or self.growth(model, r, 1) <= self.available)
+                and (r.sequence in self._started or self.growth(model, r, 1) <= self._room(model))
             )
             if any(joins(model, running) for running in joiners):
                 self.decisions.append(EndLease(job.job))
+
+    def end_all_leases(self) -> None:
+        """End every lease after the step that runs, for a job that is to come instead."""
+        self.decisions += [EndLease(job.job) for job in self._endable()]
+
+    def _endable(self) -> list[RunningJob]:
+        """Leases that would not end by themselves before an order to end them arrives."""
+        return [
+            job
+            for job in self.jobs
+            if job.kind == "decode"
+            and not (job.ending or job.last_step or job.fresh)
+            and job.model in self.models
+        ]
+
+    def _borrows(self, model: ModelSnapshot) -> bool:
+        """Whether a job of the model may hold blocks above its quota."""
+        used = self.held[model.model] + self.closing[model.model]
+        return not self.hard or used > self.quotas.get(model.model, 0)
 
     # Giving way
 
     def reclaim(self, model: ModelSnapshot, short: int) -> None:
         """Preempt the newest sequences of other models, while these are above quota, if that frees
         `short`."""
+        if all(self.held[name] <= self.quotas.get(name, 0) for name in self.models if name != model.model):
+            return
         held = dict(self.held)
         freed, victims = 0, []
-        for holder in reversed(self.holders):
+        for holder in reversed(self._holders):
             if freed >= short:
                 break
             if holder.model == model.model or not self._may_yield(holder):
@@ -222,18 +319,39 @@ class Plan:
             for victim in victims:
                 self._preempt(victim)
 
-    def _steps(self, model: ModelSnapshot, batch: Sequence[Running]) -> int:
-        """Models that decode in turns get shorter leases, so that none pauses for long."""
-        active = sum(bool(m.running) for m in self.models.values())
-        steps = max(min(2, self.options.lease_steps), self.options.lease_steps // max(1, active))
-        return max(1, min(steps, max(r.limit - r.length for r in batch)))
+    @property
+    def _holders(self) -> list[Holder]:
+        """Who gives way last comes first: the oldest of all, then by priority if that counts, and age."""
+        if self._holder_list is None:
+            found = sorted(
+                (holder for m in self.models.values() for holder in _holders(m)),
+                key=lambda holder: (holder.arrival, holder.sequence),
+            )
+            if self._priorities:
+                found[1:] = sorted(found[1:], key=lambda holder: -holder.priority)
+            self._holder_list = found
+        return self._holder_list
+
+    def _squeeze(self, model: ModelSnapshot, batch: Sequence[Running], steps: int) -> tuple[int, ...]:
+        """Those of `batch` that get blocks for `steps` steps after others have given way."""
+        taken = []
+        for running in batch:
+            need = self.growth(model, running, steps)
+            if running.sequence in self._gone or not self._make_room(model, running, need):
+                continue
+            self.available -= need
+            self.held[model.model] += need
+            taken.append(running.sequence)
+        return tuple(sequence for sequence in taken if sequence not in self._gone)
 
     def _make_room(self, model: ModelSnapshot, running: Running, need: int) -> bool:
-        """Preempt until `need` blocks are available. False: not yet, or `running` itself has given way."""
-        while need > self.available:
-            if need <= self.available + self.incoming:
+        """Preempt until `need` blocks are to be had. False: not yet, or `running` itself has given way."""
+        while need > self._room(model):
+            own = need <= self.available
+            coming = self.closing[model.model] if own else self.incoming
+            if need <= self._room(model) + coming:
                 return False
-            victim = self._victim(model, need)
+            victim = self._victim(model, need, own)
             if victim is None:
                 return False
             self._preempt(victim)
@@ -241,29 +359,35 @@ class Plan:
                 return False
         return True
 
-    def _victim(self, model: ModelSnapshot, need: int) -> Holder | None:
-        """The newest sequence of the model most above its quota, `need` counted, else of the unit."""
+    def _victim(self, model: ModelSnapshot, need: int, own: bool) -> Holder | None:
+        """The newest sequence of `model` if its `own` quota is what is short; else of the model most above
+        its quota, `need` counted, else of the unit."""
+        if own:
+            mine = [holder for holder in self._holders if holder.model == model.model]
+            return next((holder for holder in reversed(mine[1:]) if self._may_yield(holder)), None)
         over = {
             name: self.held[name] + (need if name == model.model else 0) - quota
             for name, quota in self.quotas.items()
             if name in self.held
         }
         for name in sorted((n for n in over if over[n] > 0), key=lambda n: -over[n]):
-            for holder in reversed(self.holders):
+            for holder in reversed(self._holders):
                 if holder.model == name and self._may_yield(holder):
                     return holder
-        return next((holder for holder in reversed(self.holders) if self._may_yield(holder)), None)
+        return next((holder for holder in reversed(self._holders) if self._may_yield(holder)), None)
 
     def _may_yield(self, holder: Holder) -> bool:
         sequence = holder.sequence
-        return sequence != self._senior and sequence not in self._preempted and sequence not in self._started
+        senior = self._holders[0].sequence
+        return sequence != senior and sequence not in self._gone and sequence not in self._started
 
     def _preempt(self, holder: Holder) -> None:
         self.decisions.append(Preempt(holder.sequence))
-        self._preempted.add(holder.sequence)
+        self._gone.add(holder.sequence)
+        self.seated[holder.model] -= 1
         self.held[holder.model] -= holder.blocks
         if holder.in_job:
-            self.incoming += holder.blocks - holder.promised
+            self.closing[holder.model] += holder.blocks - holder.promised
             self.available += holder.promised
         else:
             self.available += holder.blocks
@@ -275,15 +399,11 @@ def rotated(names: Iterable[str], last: str) -> list[str]:
     return [n for n in ordered if n > last] + [n for n in ordered if n <= last]
 
 
-def _spans(model: ModelSnapshot, tokens: int) -> int:
-    return -(-tokens // model.tokens_per_block)
-
-
 def _holders(model: ModelSnapshot) -> Iterable[Holder]:
-    for w in model.waiting:
-        if w.open:
-            promised = (_spans(model, w.tokens) - w.groups) * model.blocks_per_span
-            blocks = w.groups * model.blocks_per_span + promised
-            yield Holder(w.arrival, w.sequence, model.model, blocks, promised, w.in_job)
+    for w in model.begun:
+        promised = (model.spans(w.tokens) - w.groups) * model.blocks_per_span
+        blocks = w.groups * model.blocks_per_span + promised
+        yield Holder(w.arrival, w.sequence, model.model, blocks, promised, w.in_job, w.priority)
     for r in model.running:
-        yield Holder(r.arrival, r.sequence, model.model, r.groups * model.blocks_per_span, 0, r.in_job)
+        blocks = r.groups * model.blocks_per_span
+        yield Holder(r.arrival, r.sequence, model.model, blocks, 0, r.in_job, r.priority)

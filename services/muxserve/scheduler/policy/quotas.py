@@ -34,6 +34,26 @@ def initial(models: Sequence[ModelSnapshot], total: int, min_share: float) -> di
     return {m.model: pinned.get(m.model, shared.get(m.model, 0)) for m in models}
 
 
+def in_force(models: Sequence[ModelSnapshot], total: int, min_share: float) -> tuple[dict[str, int], bool]:
+    """The quotas of a unit, and whether these are new: some model had none, or more than there is."""
+    current = {m.model: m.quota for m in models if m.quota is not None}
+    if len(current) < len(models) or any(quota > total for quota in current.values()):
+        return initial(models, total, min_share), True
+    return current, False
+
+
+def compute_parts(models: Sequence[ModelSnapshot], min_share: float) -> dict[str, float]:
+    """Parts of the device's time, which add up to 1, proportional to rate (equal where none is known), with
+    the same floor as quotas have."""
+    known = [m.rate for m in models if m.rate > 0]
+    usual = sum(known) / len(known) if known else 1.0
+    weight = {m.model: m.rate or usual for m in models}
+    least = min_share / max(1, len(models))
+    return {
+        name: least + (1 - least * len(models)) * each / sum(weight.values()) for name, each in weight.items()
+    }
+
+
 def adapted(
     quotas: Mapping[str, int], use: Mapping[str, float], wanting: Collection[str], least: int
 ) -> dict[str, int]:

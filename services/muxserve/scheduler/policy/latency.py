@@ -1,0 +1,134 @@
+"""`Latency`: how long jobs take on this device, fitted to those that ended.
+
+    decode step = (a + b · sequences + c · context) · (1 + g · beside)
+    prefill job = (o + p · tokens + q · tokens · context) · (1 + h · beside)
+
+with a, b, c and o, p, q per model and g, h of the unit; `beside` is the part of its time in which a job of
+the other kind ran too. Least squares of the relative error over observations that are forgotten by and by,
+with no coefficient below zero. A model that was not observed yet is taken to be like another one.
+"""
+
+from __future__ import annotations
+
+from muxserve.scheduler.policy.interface import JobEnded
+
+FORGET = 0.99
+"""Weight that an observation keeps with each one that follows."""
+PRIOR = 0.02
+"""Weight of the coefficients that are assumed at first, in observations."""
+SWEEPS = 8
+"""Passes over the coefficients after each observation."""
+MEMORY = 0.05
+"""Weight of the newest observation of what a job costs its neighbour."""
+BESIDE = 0.9
+"""Part of its time from which a job says something about neighbours."""
+ENOUGH = 8
+"""Observations after which a fit can tell what a neighbour cost."""
+MOST = 4.0
+"""Most that a neighbour is taken to cost: beyond that something else was going on."""
+STEP = (0.010, 0.001, 0.0)
+PREFILL = (0.005, 0.001, 0.0)
+"""Seconds that are assumed before anything is known."""
+SCALE = (1.0, 100.0, 10_000.0)
+"""Large values of the three features."""
+
+Features = tuple[float, float, float]
+
+
+class Fit:
+    """A linear function of three features."""
+
+    def __init__(self, first: Features) -> None:
+        """`first`: coefficients before anything is known."""
+        self.seen = 0
+        self._at = [w * s for w, s in zip(first, SCALE, strict=True)]
+        self._first = tuple(self._at)
+        self._square = [[0.0] * 3 for _ in range(3)]
+        self._moment = [0.0] * 3
+
+    def __call__(self, features: Features) -> float:
+        """The value there."""
+        (a, b, c), (x, y, z) = self._at, features
+        return a * x / SCALE[0] + b * y / SCALE[1] + c * z / SCALE[2]
+
+    def observe(self, features: Features, value: float) -> None:
+        """It was `value` there."""
+        self.seen += 1
+        # Divided by the value: small ones are to be met as well as large ones.
+        f = [x / s / value for x, s in zip(features, SCALE, strict=True)]
+        for i in range(3):
+            self._moment[i] = FORGET * self._moment[i] + f[i]
+            row = self._square[i]
+            for j in range(3):
+                row[j] = FORGET * row[j] + f[i] * f[j]
+        for _ in range(SWEEPS):
+            for i in range(3):
+                row = self._square[i]
+                prior = PRIOR * row[i] + 1e-9
+                others = sum(row[j] * self._at[j] for j in range(3) if j != i)
+                best = (self._moment[i] - others + prior * self._first[i]) / (row[i] + prior)
+                self._at[i] = max(0.0, best)
+
+
+class Latency:
+    """The fits of a unit's models."""
+
+    def __init__(self) -> None:
+        self._fits: dict[tuple[str, str], Fit] = {}
+        """By kind of job and model."""
+        self._neighbour = {"decode": 0.9, "prefill": 0.9}
+        """What a neighbour adds to a job of that kind, as a part of its time alone."""
+        self._context: dict[str, float] = {}
+        """Tokens of a sequence that decodes, as last seen."""
+
+    def observe(self, event: JobEnded) -> None:
+        """Learn from a job."""
+        if event.seconds <= 0 or event.steps < 1 or event.tokens < 1:
+            return
+        fit = self._fits.setdefault((event.kind, event.model), self._new(event.kind))
+        features = self._features(event)
+        seconds = event.seconds / event.steps
+        if event.beside >= BESIDE and fit.seen >= ENOUGH and (alone := fit(features)) > 0:
+            extra = min(MOST, max(0.0, (seconds / alone - 1) / event.beside))
+            self._neighbour[event.kind] += MEMORY * (extra - self._neighbour[event.kind])
+        fit.observe(features, seconds / (1 + self._neighbour[event.kind] * event.beside))
+
+    def step(self, model: str, sequences: int) -> float:
+        """Seconds of a decode step of so many sequences of usual length, with nothing beside it."""
+        context = self._context.get(model, 0.0)
+        return self._fit("decode", model)((1.0, float(sequences), sequences * context))
+
+    def prefill(self, model: str, tokens: int) -> float:
+        """Seconds of a prefill job of so many tokens, with nothing beside it."""
+        return self._fit("prefill", model)((1.0, float(tokens), tokens * tokens / 2e3))
+
+    def alone(self, model: str, prompt: int, output: int) -> float:
+        """Seconds of a whole request that has the device for itself."""
+        return self.prefill(model, prompt) + output * self.step(model, 1)
+
+    def beside(self, kind: str) -> float:
+        """By how much a job of that kind takes longer with one of the other kind beside it."""
+        return 1 + self._neighbour[kind]
+
+    def known(self, model: str) -> bool:
+        """Whether jobs of both kinds of the model were observed."""
+        return ("decode", model) in self._fits and ("prefill", model) in self._fits
+
+    def _features(self, event: JobEnded) -> Features:
+        if event.kind == "prefill":
+            return 1.0, float(event.tokens), event.tokens * (event.context + event.tokens / 2) / 1e3
+        sequences = event.tokens / event.steps
+        self._context[event.model] = event.context / max(1.0, sequences)
+        return 1.0, sequences, float(event.context)
+
+    def _fit(self, kind: str, model: str) -> Fit:
+        if (fit := self._fits.get((kind, model))) is not None:
+            return fit
+        others = (each for (of, _), each in self._fits.items() if of == kind)
+        return max(others, key=lambda each: each.seen, default=_FIRST[kind])
+
+    def _new(self, kind: str) -> Fit:
+        return Fit(STEP if kind == "decode" else PREFILL)
+
+
+_FIRST = {"decode": Fit(STEP), "prefill": Fit(PREFILL)}
