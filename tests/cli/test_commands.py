@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from muxserve.v1 import common_pb2
+from muxserve.v1 import admin_pb2, common_pb2
 from tests.client.peer import Peer, Server, answer, refusal
 
 MUXSERVE = str(Path(sys.executable).with_name("muxserve"))
@@ -170,10 +170,30 @@ def test_status_as_tables_names_every_model_and_service(run: Run) -> None:
 def test_quotas_are_shown_and_set(run: Run, peer: Peer) -> None:
     shown = json.loads(run("quota", "show", "--json").stdout)
     assert (shown["revision"], shown["blocks"]) == (3, {"a": 10, "b": 20})
-    done = run("quota", "set", "a", "512", "--revision", "3")
+    assert (shown["state"], shown["history"][1]["above"]) == ("deferred", ["a"])
+    assert shown["use"]["a"] == {"quota": 10, "held": 95, "borrowed": 85, "cached": 5}
+    table = run("quota", "show").stdout
+    assert "revision 3, deferred" in table and "deferred (above it: a)" in table
+    done = run("quota", "set", "a", "512", "--if-revision", "3")
     assert done.returncode == 0 and "512" in done.stdout
     assert peer.quota is not None
     assert (peer.quota.model, peer.quota.blocks, peer.quota.expected_revision) == ("a", 512, 3)
+
+
+def test_a_quota_is_followed_until_it_is_applied(run: Run, peer: Peer) -> None:
+    peer.quota_states = [admin_pb2.QUOTA_STATE_PENDING, admin_pb2.QUOTA_STATE_DEFERRED]
+    done = run("quota", "set", "a", "512", "--follow", "30")
+    assert done.returncode == 0
+    said = [line for line in done.stdout.splitlines() if line.startswith("revision 4")]
+    assert said == ["revision 4: pending", "revision 4: deferred", "revision 4: applied"]
+
+
+def test_a_quota_that_is_overtaken_or_late_is_a_failure(run: Run, peer: Peer) -> None:
+    peer.quota_states = [admin_pb2.QUOTA_STATE_STALE]
+    overtaken = run("quota", "set", "a", "512", "--follow", "30")
+    assert (overtaken.returncode, "revision 4: stale" in overtaken.stdout) == (1, True)
+    peer.quota_states = [admin_pb2.QUOTA_STATE_DEFERRED] * 99
+    assert run("quota", "set", "a", "512", "--follow", "0.1").returncode == 1
 
 
 def test_help_is_quick_and_imports_no_grpc() -> None:

@@ -81,6 +81,8 @@ class Peer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc.AdminServ
         self.refuse: list[grpc.Status] = []
         """Statuses for the next calls that are not generations."""
         self.quota: admin_pb2.SetQuotaRequest | None = None
+        self.quota_states: list[admin_pb2.QuotaState.ValueType] = []
+        """Of revision 4, the next times it is asked for."""
 
     def _called(self, name: str, context: grpc.ServicerContext) -> None:
         self.calls.add(name)
@@ -125,7 +127,20 @@ class Peer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc.AdminServ
     ) -> admin_pb2.GetQuotasResponse:
         self._called("GetQuotas", context)
         quotas = admin_pb2.Quotas(unit=request.unit or "unit-0", revision=3, blocks={"a": 10, "b": 20})
-        return admin_pb2.GetQuotasResponse(quotas=quotas)
+        state = self.quota_states.pop(0) if self.quota_states else admin_pb2.QUOTA_STATE_APPLIED
+        history = [
+            admin_pb2.QuotaRevision(revision=4, author="admin", state=state, asked_unix_ms=2_000),
+            admin_pb2.QuotaRevision(
+                revision=3,
+                author="admin",
+                blocks={"a": 10, "b": 20},
+                asked_unix_ms=1_500,
+                state=admin_pb2.QUOTA_STATE_DEFERRED,
+                above=["a"],
+            ),
+            admin_pb2.QuotaRevision(revision=2, author="policy", state=admin_pb2.QUOTA_STATE_STALE),
+        ]
+        return admin_pb2.GetQuotasResponse(quotas=quotas, history=history, use=STATUS.workers[0].pool.models)
 
     def SetQuota(
         self, request: admin_pb2.SetQuotaRequest, context: grpc.ServicerContext
@@ -206,7 +221,12 @@ STATUS = admin_pb2.GetStatusResponse(
                 cached_blocks=5,
                 models=[
                     worker_pb2.ModelBlocks(
-                        model="a", held_blocks=95, quota_blocks=10, borrowed_blocks=85, peak_blocks=120
+                        model="a",
+                        held_blocks=95,
+                        quota_blocks=10,
+                        borrowed_blocks=85,
+                        peak_blocks=120,
+                        cached_blocks=5,
                     )
                 ],
             ),

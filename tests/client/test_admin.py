@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from muxserve.client import Conflict, InvalidRequest, ModelState, NotFound
+from muxserve.client import Conflict, InvalidRequest, ModelState, NotFound, QuotaState
 from tests.client.peer import Peer, Server, refusal
 
 
@@ -55,7 +55,15 @@ def test_placement_says_what_could_not_be_placed_and_why(admin: Any) -> None:
 
 
 def test_quotas_are_read_and_set(admin: Any, peer: Peer) -> None:
-    assert admin.quotas().blocks == {"a": 10, "b": 20}
+    shown = admin.quotas()
+    assert (shown.blocks, shown.state) == ({"a": 10, "b": 20}, QuotaState.DEFERRED)
+    assert [(r.revision, r.state) for r in shown.history] == [
+        (4, QuotaState.APPLIED),
+        (3, QuotaState.DEFERRED),
+        (2, QuotaState.STALE),
+    ]
+    assert (shown.history[1].above, shown.history[1].asked) == (("a",), 1.5)
+    assert (shown.use["a"].held, shown.use["a"].borrowed) == (95, 85)
     quotas = admin.set_quota("a", 7, unit="unit-1", expected_revision=3)
     assert (quotas.unit, quotas.revision, quotas.blocks) == ("unit-1", 4, {"a": 7})
     assert peer.quota is not None

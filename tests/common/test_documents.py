@@ -7,7 +7,8 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from muxserve.common.documents import PlacementStore, QuotaStore
+from muxserve.common import keys
+from muxserve.common.documents import KEPT_REVISIONS, PlacementStore, QuotaStore
 from muxserve.common.errors import Unavailable
 from muxserve.v1 import admin_pb2
 from tests.support.valkey import ValkeyProcess
@@ -71,11 +72,53 @@ async def test_quotas_are_kept_per_unit(redis_client: Redis) -> None:
     store = QuotaStore(redis_client)
     assert await store.read("u") == admin_pb2.Quotas(unit="u")
     first = admin_pb2.Quotas(unit="u", revision=1, blocks={"a": 10, "b": 0, "models/x:y": 2**40})
-    assert await store.compare_and_set(first, 0)
+    assert await store.compare_and_set(first, 0, "policy", 1.0)
     assert await store.read("u") == first
     assert (await store.read("v")).revision == 0
-    assert not await store.compare_and_set(admin_pb2.Quotas(unit="u", revision=1), 0)
+    assert not await store.compare_and_set(admin_pb2.Quotas(unit="u", revision=1), 0, "policy", 2.0)
     # What a new revision does not name is gone.
     second = admin_pb2.Quotas(unit="u", revision=2, blocks={"a": 3})
-    assert await store.compare_and_set(second, 1)
+    assert await store.compare_and_set(second, 1, "admin", 3.0)
     assert await store.read("u") == second
+
+
+async def test_what_became_of_each_revision_of_quotas_is_kept(redis_client: Redis) -> None:
+    store = QuotaStore(redis_client)
+
+    async def ask(revision: int, author: str = "policy") -> None:
+        quotas = admin_pb2.Quotas(unit="u", revision=revision, blocks={"a": revision})
+        assert await store.compare_and_set(quotas, revision - 1, author, 100.0 + revision)
+
+    async def states() -> dict[int, str]:
+        name = admin_pb2.QuotaState.Name
+        return {r.revision: name(r.state).removeprefix("QUOTA_STATE_") for r in await store.history("u")}
+
+    await ask(1)
+    assert await states() == {1: "PENDING"}
+    await store.record("u", 1, [])
+    await ask(2, "admin")
+    await store.record("u", 2, ["b", "a"])
+    assert await states() == {2: "DEFERRED", 1: "APPLIED"}
+    newest = (await store.history("u"))[0]
+    assert (newest.author, dict(newest.blocks), newest.asked_unix_ms) == ("admin", {"a": 2}, 102_000)
+    assert list(newest.above) == ["a", "b"]
+    await store.record("u", 2, [])
+    assert await states() == {2: "APPLIED", 1: "APPLIED"}
+    await ask(3)
+    await ask(4)
+    await store.record("u", 4, ["a"])
+    await ask(5)
+    assert await states() == {5: "PENDING", 4: "STALE", 3: "STALE", 2: "APPLIED", 1: "APPLIED"}
+    assert not (await store.history("u"))[1].above
+
+
+async def test_only_the_latest_revisions_of_quotas_are_kept(redis_client: Redis) -> None:
+    store = QuotaStore(redis_client)
+    for revision in range(1, KEPT_REVISIONS + 11):
+        quotas = admin_pb2.Quotas(unit="u", revision=revision, blocks={"a": revision})
+        assert await store.compare_and_set(quotas, revision - 1, "policy", 1.0)
+        await store.record("u", revision, [])
+    await store.record("u", 3, ["a"])
+    kept = await store.history("u")
+    assert [each.revision for each in kept] == list(range(KEPT_REVISIONS + 10, 10, -1))
+    assert await redis_client.hlen(keys.quota_history("u")) == 2 * KEPT_REVISIONS

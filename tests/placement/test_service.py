@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 from redis.asyncio import Redis
 
-from muxserve.client import AsyncAdminClient, Conflict, InvalidRequest, ModelState, NotFound
+from muxserve.client import AsyncAdminClient, Conflict, InvalidRequest, ModelState, NotFound, QuotaState
 from muxserve.common.documents import QuotaStore
 from muxserve.common.registry import Registry
 from muxserve.placement.__main__ import serve
@@ -69,11 +70,14 @@ async def test_status_answers_while_redis_is_away(redis_client: Redis, valkey: V
 async def test_a_quota_is_set_with_compare_and_set(redis_client: Redis, valkey: ValkeyProcess) -> None:
     async with administered(redis_client, valkey) as client:
         await QuotaStore(redis_client).compare_and_set(
-            admin_pb2.Quotas(unit="unit-worker-0", revision=7, blocks={"a": 1000, "b": 1}), 0
+            admin_pb2.Quotas(unit="unit-worker-0", revision=7, blocks={"a": 1000, "b": 1}), 0, "policy", 1.0
         )
         quotas = await client.set_quota("a", 600, expected_revision=7)
         assert (quotas.revision, dict(quotas.blocks)) == (8, {"a": 600, "b": 1})
-        assert await client.quotas() == quotas
+        shown = await client.quotas()
+        assert (shown.revision, shown.blocks, shown.state) == (8, quotas.blocks, QuotaState.PENDING)
+        assert [(each.revision, each.author) for each in shown.history] == [(8, "admin"), (7, "policy")]
+        assert time.time() - shown.history[0].asked < 60
         with pytest.raises(Conflict):
             await client.set_quota("a", 500, expected_revision=7)
         assert (await client.set_quota("a", 500)).revision == 9

@@ -6,7 +6,7 @@ from typing import Self
 
 from muxserve.v1 import admin_pb2, admin_pb2_grpc
 
-from .administration import placement_of, quotas_of, status_of
+from .administration import placement_of, quotas_and_more_of, quotas_of, status_of
 from .aio import AsyncTransport
 from .inference import naming
 from .options import ClientOptions, with_timeout
@@ -52,7 +52,7 @@ class AdminClient:
     def quotas(self, unit: str = "", *, timeout: float | None = None) -> Quotas:
         """Block quotas of a unit; empty: the only one. NotFound: there is no such unit."""
         request = admin_pb2.GetQuotasRequest(unit=unit)
-        return quotas_of(self._transport.call(self._stub.GetQuotas, request, timeout).quotas)
+        return quotas_and_more_of(self._transport.call(self._stub.GetQuotas, request, timeout))
 
     def set_quota(
         self,
@@ -110,7 +110,7 @@ class AsyncAdminClient:
         """Block quotas of a unit; empty: the only one. NotFound: there is no such unit."""
         stub = admin_pb2_grpc.AdminServiceStub(self._transport.channel)
         request = admin_pb2.GetQuotasRequest(unit=unit)
-        return quotas_of((await self._transport.call(stub.GetQuotas, request, timeout)).quotas)
+        return quotas_and_more_of(await self._transport.call(stub.GetQuotas, request, timeout))
 
     async def set_quota(
         self,

@@ -16,13 +16,22 @@ from .status import (
     PlacedModel,
     Placement,
     Pool,
+    QuotaRevision,
     Quotas,
+    QuotaState,
+    QuotaUse,
     Service,
     Status,
     Unit,
     UnitStatus,
     Worker,
 )
+
+_QUOTA_STATES = {
+    getattr(admin_pb2, f"QUOTA_STATE_{state.name}"): state
+    for state in QuotaState
+    if state is not QuotaState.UNKNOWN
+}
 
 
 def _config(message: common_pb2.ModelConfig) -> ModelConfig:
@@ -83,6 +92,37 @@ def placement_of(message: admin_pb2.Placement) -> Placement:
 def quotas_of(message: admin_pb2.Quotas) -> Quotas:
     """Block quotas of a unit."""
     return Quotas(unit=message.unit, revision=message.revision, blocks=dict(message.blocks))
+
+
+def quotas_and_more_of(message: admin_pb2.GetQuotasResponse) -> Quotas:
+    """The same, with its history and the use that is made of it."""
+    quotas = message.quotas
+    return Quotas(
+        unit=quotas.unit,
+        revision=quotas.revision,
+        blocks=dict(quotas.blocks),
+        history=tuple(map(_revision, message.history)),
+        use={
+            each.model: QuotaUse(
+                quota=each.quota_blocks,
+                held=each.held_blocks,
+                borrowed=each.borrowed_blocks,
+                cached=each.cached_blocks,
+            )
+            for each in message.use
+        },
+    )
+
+
+def _revision(message: admin_pb2.QuotaRevision) -> QuotaRevision:
+    return QuotaRevision(
+        revision=message.revision,
+        author=message.author,
+        blocks=dict(message.blocks),
+        asked=message.asked_unix_ms / 1000,
+        state=_QUOTA_STATES.get(message.state, QuotaState.UNKNOWN),
+        above=tuple(message.above),
+    )
 
 
 def _worker(message: worker_pb2.WorkerInfo) -> Worker:

@@ -6,7 +6,8 @@ Every class is a plain dataclass, so `dataclasses.asdict(status)` is ready for J
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from .results import ModelState
 
@@ -189,6 +190,49 @@ class Status:
         return tuple(model for unit in self.units for model in unit.models)
 
 
+class QuotaState(StrEnum):
+    """What became of a revision of quotas."""
+
+    UNKNOWN = "unknown"
+    """A state that this SDK does not know."""
+    PENDING = "pending"
+    """It was asked for; the worker does not have it yet."""
+    APPLIED = "applied"
+    """It is, or was, in force, and no model held more than it gives."""
+    DEFERRED = "deferred"
+    """It is in force, but some model has held more than it gives ever since."""
+    STALE = "stale"
+    """A newer revision came before it was applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaRevision:
+    """A change of a unit's quotas, and what became of it."""
+
+    revision: int
+    author: str
+    """"admin" or "policy"."""
+    blocks: Mapping[str, int]
+    """What was asked for, by model name."""
+    asked: float
+    """When, in seconds of Unix time."""
+    state: QuotaState
+    above: tuple[str, ...]
+    """Where it is DEFERRED: the models that hold more than it gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaUse:
+    """What a model has of the pool."""
+
+    quota: int
+    held: int
+    borrowed: int
+    """Held above the quota."""
+    cached: int
+    """Held by no sequence but caching its prefixes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Quotas:
     """Block quotas of a unit."""
@@ -198,3 +242,14 @@ class Quotas:
     """Grows with each change."""
     blocks: Mapping[str, int]
     """Blocks by model name."""
+    history: tuple[QuotaRevision, ...] = ()
+    """The latest revisions, newest first. Not told by `set_quota`."""
+    use: Mapping[str, QuotaUse] = field(default_factory=dict)
+    """By model name; empty while the worker does not answer. Not told by `set_quota`."""
+
+    @property
+    def state(self) -> QuotaState:
+        """What became of this revision."""
+        return next(
+            (each.state for each in self.history if each.revision == self.revision), QuotaState.PENDING
+        )

@@ -28,15 +28,19 @@ from muxserve.v1 import scheduler_pb2 as muxserve_dot_v1_dot_scheduler__pb2
 from muxserve.v1 import worker_pb2 as muxserve_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17muxserve/v1/admin.proto\x12\x0bmuxserve.v1\x1a\x18muxserve/v1/common.proto\x1a\x1bmuxserve/v1/inference.proto\x1a\x1bmuxserve/v1/scheduler.proto\x1a\x18muxserve/v1/worker.proto\"\x12\n\x10GetStatusRequest\"\xbd\x01\n\x11GetStatusResponse\x12)\n\tplacement\x18\x01 \x01(\x0b\x32\x16.muxserve.v1.Placement\x12&\n\x05units\x18\x02 \x03(\x0b\x32\x17.muxserve.v1.UnitStatus\x12(\n\x07workers\x18\x03 \x03(\x0b\x32\x17.muxserve.v1.WorkerInfo\x12+\n\x08services\x18\x04 \x03(\x0b\x32\x19.muxserve.v1.ServiceEntry\"\x15\n\x13GetPlacementRequest\"A\n\x14GetPlacementResponse\x12)\n\tplacement\x18\x01 \x01(\x0b\x32\x16.muxserve.v1.Placement\"h\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12 \n\x05units\x18\x02 \x03(\x0b\x32\x11.muxserve.v1.Unit\x12*\n\x08unplaced\x18\x03 \x03(\x0b\x32\x18.muxserve.v1.PlacedModel\"\x85\x01\n\x04Unit\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x16\n\x0eworker_address\x18\x03 \x01(\t\x12\x1a\n\x12worker_incarnation\x18\x04 \x01(\t\x12(\n\x06models\x18\x05 \x03(\x0b\x32\x18.muxserve.v1.PlacedModel\"\xa6\x01\n\x0bPlacedModel\x12(\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x18.muxserve.v1.ModelConfig\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.muxserve.v1.ModelState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12&\n\x05shape\x18\x04 \x01(\x0b\x32\x17.muxserve.v1.ModelShape\x12\r\n\x05\x66ield\x18\x05 \x01(\t\"[\n\x0cServiceEntry\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\" \n\x10GetQuotasRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\"8\n\x11GetQuotasResponse\x12#\n\x06quotas\x18\x01 \x01(\x0b\x32\x13.muxserve.v1.Quotas\"\x88\x01\n\x06Quotas\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12/\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x1f.muxserve.v1.Quotas.BlocksEntry\x1a-\n\x0b\x42locksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"Y\n\x0fSetQuotaRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\x19\n\x11\x65xpected_revision\x18\x04 \x01(\x04\"7\n\x10SetQuotaResponse\x12#\n\x06quotas\x18\x01 \x01(\x0b\x32\x13.muxserve.v1.Quotas2\xc4\x02\n\x0c\x41\x64minService\x12J\n\tGetStatus\x12\x1d.muxserve.v1.GetStatusRequest\x1a\x1e.muxserve.v1.GetStatusResponse\x12S\n\x0cGetPlacement\x12 .muxserve.v1.GetPlacementRequest\x1a!.muxserve.v1.GetPlacementResponse\x12J\n\tGetQuotas\x12\x1d.muxserve.v1.GetQuotasRequest\x1a\x1e.muxserve.v1.GetQuotasResponse\x12G\n\x08SetQuota\x12\x1c.muxserve.v1.SetQuotaRequest\x1a\x1d.muxserve.v1.SetQuotaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17muxserve/v1/admin.proto\x12\x0bmuxserve.v1\x1a\x18muxserve/v1/common.proto\x1a\x1bmuxserve/v1/inference.proto\x1a\x1bmuxserve/v1/scheduler.proto\x1a\x18muxserve/v1/worker.proto\"\x12\n\x10GetStatusRequest\"\xbd\x01\n\x11GetStatusResponse\x12)\n\tplacement\x18\x01 \x01(\x0b\x32\x16.muxserve.v1.Placement\x12&\n\x05units\x18\x02 \x03(\x0b\x32\x17.muxserve.v1.UnitStatus\x12(\n\x07workers\x18\x03 \x03(\x0b\x32\x17.muxserve.v1.WorkerInfo\x12+\n\x08services\x18\x04 \x03(\x0b\x32\x19.muxserve.v1.ServiceEntry\"\x15\n\x13GetPlacementRequest\"A\n\x14GetPlacementResponse\x12)\n\tplacement\x18\x01 \x01(\x0b\x32\x16.muxserve.v1.Placement\"h\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12 \n\x05units\x18\x02 \x03(\x0b\x32\x11.muxserve.v1.Unit\x12*\n\x08unplaced\x18\x03 \x03(\x0b\x32\x18.muxserve.v1.PlacedModel\"\x85\x01\n\x04Unit\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x16\n\x0eworker_address\x18\x03 \x01(\t\x12\x1a\n\x12worker_incarnation\x18\x04 \x01(\t\x12(\n\x06models\x18\x05 \x03(\x0b\x32\x18.muxserve.v1.PlacedModel\"\xa6\x01\n\x0bPlacedModel\x12(\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x18.muxserve.v1.ModelConfig\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.muxserve.v1.ModelState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12&\n\x05shape\x18\x04 \x01(\x0b\x32\x17.muxserve.v1.ModelShape\x12\r\n\x05\x66ield\x18\x05 \x01(\t\"[\n\x0cServiceEntry\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\" \n\x10GetQuotasRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\"\x8c\x01\n\x11GetQuotasResponse\x12#\n\x06quotas\x18\x01 \x01(\x0b\x32\x13.muxserve.v1.Quotas\x12+\n\x07history\x18\x02 \x03(\x0b\x32\x1a.muxserve.v1.QuotaRevision\x12%\n\x03use\x18\x03 \x03(\x0b\x32\x18.muxserve.v1.ModelBlocks\"\xe6\x01\n\rQuotaRevision\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\t\x12\x36\n\x06\x62locks\x18\x03 \x03(\x0b\x32&.muxserve.v1.QuotaRevision.BlocksEntry\x12\x15\n\rasked_unix_ms\x18\x04 \x01(\x03\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.muxserve.v1.QuotaState\x12\r\n\x05\x61\x62ove\x18\x06 \x03(\t\x1a-\n\x0b\x42locksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x88\x01\n\x06Quotas\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12/\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x1f.muxserve.v1.Quotas.BlocksEntry\x1a-\n\x0b\x42locksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"Y\n\x0fSetQuotaRequest\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\x19\n\x11\x65xpected_revision\x18\x04 \x01(\x04\"7\n\x10SetQuotaResponse\x12#\n\x06quotas\x18\x01 \x01(\x0b\x32\x13.muxserve.v1.Quotas*\x8c\x01\n\nQuotaState\x12\x1b\n\x17QUOTA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13QUOTA_STATE_PENDING\x10\x01\x12\x17\n\x13QUOTA_STATE_APPLIED\x10\x02\x12\x18\n\x14QUOTA_STATE_DEFERRED\x10\x03\x12\x15\n\x11QUOTA_STATE_STALE\x10\x04\x32\xc4\x02\n\x0c\x41\x64minService\x12J\n\tGetStatus\x12\x1d.muxserve.v1.GetStatusRequest\x1a\x1e.muxserve.v1.GetStatusResponse\x12S\n\x0cGetPlacement\x12 .muxserve.v1.GetPlacementRequest\x1a!.muxserve.v1.GetPlacementResponse\x12J\n\tGetQuotas\x12\x1d.muxserve.v1.GetQuotasRequest\x1a\x1e.muxserve.v1.GetQuotasResponse\x12G\n\x08SetQuota\x12\x1c.muxserve.v1.SetQuotaRequest\x1a\x1d.muxserve.v1.SetQuotaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxserve.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_QUOTAREVISION_BLOCKSENTRY']._loaded_options = None
+  _globals['_QUOTAREVISION_BLOCKSENTRY']._serialized_options = b'8\001'
   _globals['_QUOTAS_BLOCKSENTRY']._loaded_options = None
   _globals['_QUOTAS_BLOCKSENTRY']._serialized_options = b'8\001'
+  _globals['_QUOTASTATE']._serialized_start=1654
+  _globals['_QUOTASTATE']._serialized_end=1794
   _globals['_GETSTATUSREQUEST']._serialized_start=150
   _globals['_GETSTATUSREQUEST']._serialized_end=168
   _globals['_GETSTATUSRESPONSE']._serialized_start=171
@@ -55,16 +59,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVICEENTRY']._serialized_end=954
   _globals['_GETQUOTASREQUEST']._serialized_start=956
   _globals['_GETQUOTASREQUEST']._serialized_end=988
-  _globals['_GETQUOTASRESPONSE']._serialized_start=990
-  _globals['_GETQUOTASRESPONSE']._serialized_end=1046
-  _globals['_QUOTAS']._serialized_start=1049
-  _globals['_QUOTAS']._serialized_end=1185
-  _globals['_QUOTAS_BLOCKSENTRY']._serialized_start=1140
-  _globals['_QUOTAS_BLOCKSENTRY']._serialized_end=1185
-  _globals['_SETQUOTAREQUEST']._serialized_start=1187
-  _globals['_SETQUOTAREQUEST']._serialized_end=1276
-  _globals['_SETQUOTARESPONSE']._serialized_start=1278
-  _globals['_SETQUOTARESPONSE']._serialized_end=1333
-  _globals['_ADMINSERVICE']._serialized_start=1336
-  _globals['_ADMINSERVICE']._serialized_end=1660
+  _globals['_GETQUOTASRESPONSE']._serialized_start=991
+  _globals['_GETQUOTASRESPONSE']._serialized_end=1131
+  _globals['_QUOTAREVISION']._serialized_start=1134
+  _globals['_QUOTAREVISION']._serialized_end=1364
+  _globals['_QUOTAREVISION_BLOCKSENTRY']._serialized_start=1319
+  _globals['_QUOTAREVISION_BLOCKSENTRY']._serialized_end=1364
+  _globals['_QUOTAS']._serialized_start=1367
+  _globals['_QUOTAS']._serialized_end=1503
+  _globals['_QUOTAS_BLOCKSENTRY']._serialized_start=1319
+  _globals['_QUOTAS_BLOCKSENTRY']._serialized_end=1364
+  _globals['_SETQUOTAREQUEST']._serialized_start=1505
+  _globals['_SETQUOTAREQUEST']._serialized_end=1594
+  _globals['_SETQUOTARESPONSE']._serialized_start=1596
+  _globals['_SETQUOTARESPONSE']._serialized_end=1651
+  _globals['_ADMINSERVICE']._serialized_start=1797
+  _globals['_ADMINSERVICE']._serialized_end=2121
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from muxserve.v1 import common_pb2 as _common_pb2
 from muxserve.v1 import inference_pb2 as _inference_pb2
 from muxserve.v1 import scheduler_pb2 as _scheduler_pb2
@@ -21,6 +22,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _QuotaState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _QuotaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_QuotaState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    QUOTA_STATE_UNSPECIFIED: _QuotaState.ValueType  # 0
+    """Not used."""
+    QUOTA_STATE_PENDING: _QuotaState.ValueType  # 1
+    """It was asked for; the worker does not have it yet."""
+    QUOTA_STATE_APPLIED: _QuotaState.ValueType  # 2
+    """It is, or was, in force, and no model held more than it gives."""
+    QUOTA_STATE_DEFERRED: _QuotaState.ValueType  # 3
+    """It is in force, but some model has held more than it gives ever since: these blocks count as borrowed, and come back
+    as its sequences end or give way.
+    """
+    QUOTA_STATE_STALE: _QuotaState.ValueType  # 4
+    """A newer revision came before it was applied."""
+
+class QuotaState(_QuotaState, metaclass=_QuotaStateEnumTypeWrapper):
+    """What became of a revision."""
+
+QUOTA_STATE_UNSPECIFIED: QuotaState.ValueType  # 0
+"""Not used."""
+QUOTA_STATE_PENDING: QuotaState.ValueType  # 1
+"""It was asked for; the worker does not have it yet."""
+QUOTA_STATE_APPLIED: QuotaState.ValueType  # 2
+"""It is, or was, in force, and no model held more than it gives."""
+QUOTA_STATE_DEFERRED: QuotaState.ValueType  # 3
+"""It is in force, but some model has held more than it gives ever since: these blocks count as borrowed, and come back
+as its sequences end or give way.
+"""
+QUOTA_STATE_STALE: QuotaState.ValueType  # 4
+"""A newer revision came before it was applied."""
+Global___QuotaState: _TypeAlias = QuotaState  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):
@@ -305,26 +342,104 @@ class GetQuotasResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     QUOTAS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    USE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def quotas(self) -> Global___Quotas:
-        """In force."""
+        """The newest revision."""
+
+    @_builtins.property
+    def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaRevision]:
+        """The latest revisions, newest first, and what became of each."""
+
+    @_builtins.property
+    def use(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.ModelBlocks]:
+        """What each model has of the pool now. Empty while the worker does not answer."""
 
     def __init__(
         self,
         *,
         quotas: Global___Quotas | None = ...,
+        history: _abc.Iterable[Global___QuotaRevision] | None = ...,
+        use: _abc.Iterable[_worker_pb2.ModelBlocks] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quotas", b"quotas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["quotas", b"quotas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history", b"history", "quotas", b"quotas", "use", b"use"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetQuotasResponse: _TypeAlias = GetQuotasResponse  # noqa: Y015
 
 @_typing.final
+class QuotaRevision(_message.Message):
+    """A change of a unit's quotas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class BlocksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    ASKED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ABOVE_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Its number."""
+    author: _builtins.str
+    """Who asked for it: "admin" or "policy"."""
+    asked_unix_ms: _builtins.int
+    """When, in milliseconds of Unix time."""
+    state: Global___QuotaState.ValueType
+    """What became of it."""
+    @_builtins.property
+    def blocks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """What was asked for: blocks by model name."""
+
+    @_builtins.property
+    def above(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where it is DEFERRED: the models that hold more than it gives."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        author: _builtins.str = ...,
+        blocks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        asked_unix_ms: _builtins.int = ...,
+        state: Global___QuotaState.ValueType = ...,
+        above: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "asked_unix_ms", b"asked_unix_ms", "author", b"author", "blocks", b"blocks", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaRevision: _TypeAlias = QuotaRevision  # noqa: Y015
+
+@_typing.final
 class Quotas(_message.Message):
-    """Block quotas of a unit as kept in Redis."""
+    """Block quotas of a unit as kept in Redis: the newest revision."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -417,7 +532,7 @@ class SetQuotaResponse(_message.Message):
     QUOTAS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def quotas(self) -> Global___Quotas:
-        """In force."""
+        """The new revision, which is PENDING."""
 
     def __init__(
         self,

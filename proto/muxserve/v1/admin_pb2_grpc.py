@@ -76,7 +76,7 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetQuotas(self, request, context):
-        """Block quotas of a unit. NOT_FOUND: no such unit.
+        """Block quotas of a unit, and what became of the latest changes. NOT_FOUND: no such unit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,7 @@ class AdminServiceStub:
     GetPlacement: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPlacementRequest, _admin_pb2.GetPlacementResponse]
     """The placement in force."""
     GetQuotas: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetQuotasRequest, _admin_pb2.GetQuotasResponse]
-    """Block quotas of a unit. NOT_FOUND: no such unit."""
+    """Block quotas of a unit, and what became of the latest changes. NOT_FOUND: no such unit."""
     SetQuota: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetQuotaRequest, _admin_pb2.SetQuotaResponse]
     """Sets the block quota of a model in a unit, until the policy adapts it again. NOT_FOUND: no such unit or model.
     INVALID_ARGUMENT: more blocks than the arena has. ABORTED: expected_revision is not the current one.
@@ -54,7 +54,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
     GetPlacement: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPlacementRequest, _admin_pb2.GetPlacementResponse]  # type: ignore[assignment]
     """The placement in force."""
     GetQuotas: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetQuotasRequest, _admin_pb2.GetQuotasResponse]  # type: ignore[assignment]
-    """Block quotas of a unit. NOT_FOUND: no such unit."""
+    """Block quotas of a unit, and what became of the latest changes. NOT_FOUND: no such unit."""
     SetQuota: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetQuotaRequest, _admin_pb2.SetQuotaResponse]  # type: ignore[assignment]
     """Sets the block quota of a model in a unit, until the policy adapts it again. NOT_FOUND: no such unit or model.
     INVALID_ARGUMENT: more blocks than the arena has. ABORTED: expected_revision is not the current one.
@@ -85,7 +85,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetQuotasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetQuotasResponse, _abc.Awaitable[_admin_pb2.GetQuotasResponse]]:
-        """Block quotas of a unit. NOT_FOUND: no such unit."""
+        """Block quotas of a unit, and what became of the latest changes. NOT_FOUND: no such unit."""
 
     @_abc_1.abstractmethod
     def SetQuota(

@@ -869,6 +869,7 @@ class JobsResponse(_message.Message):
     INFO_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    QUOTAS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def info(self) -> Global___WorkerInfo:
         """First message, and again whenever models or executors change."""
@@ -881,22 +882,57 @@ class JobsResponse(_message.Message):
     def done(self) -> Global___JobDone:
         """A job has ended."""
 
+    @_builtins.property
+    def quotas(self) -> Global___QuotasInForce:
+        """Quotas are in force; and again when the last model has come down to its quota."""
+
     def __init__(
         self,
         *,
         info: Global___WorkerInfo | None = ...,
         step: Global___StepEvents | None = ...,
         done: Global___JobDone | None = ...,
+        quotas: Global___QuotasInForce | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "info", b"info", "kind", b"kind", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "info", b"info", "kind", b"kind", "quotas", b"quotas", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "info", b"info", "kind", b"kind", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "info", b"info", "kind", b"kind", "quotas", b"quotas", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["info", "step", "done"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["info", "step", "done", "quotas"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___JobsResponse: _TypeAlias = JobsResponse  # noqa: Y015
+
+@_typing.final
+class QuotasInForce(_message.Message):
+    """What became of quotas. One that comes after a newer revision is answered with the newer one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    ABOVE_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Their revision."""
+    @_builtins.property
+    def above(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models that held more blocks than these quotas give them when they came, and have not held fewer since. Nothing is
+        taken from them; blocks above the quota count as borrowed. Empty: none.
+        """
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        above: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotasInForce: _TypeAlias = QuotasInForce  # noqa: Y015
 
 @_typing.final
 class StepEvents(_message.Message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from typing import cast
 
 import structlog
@@ -28,6 +28,36 @@ local current = redis.call('HGET', KEYS[1], ARGV[1]) or '0'
 if current ~= ARGV[2] then return 0 end
 redis.call('DEL', KEYS[1])
 redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+return 1
+"""
+
+KEPT_REVISIONS = 32
+"""Of a unit's quotas, in their history."""
+
+# KEYS: quotas, their history. ARGV: expected revision ("0": none), the new one, its entry in the history, how
+# many of these to keep, then field, value, ... of the quotas.
+_SET_QUOTAS = """
+local current = redis.call('HGET', KEYS[1], 'revision') or '0'
+if current ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], unpack(ARGV, 5))
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+local revisions = {}
+for _, field in ipairs(redis.call('HKEYS', KEYS[2])) do
+  if not field:find(':') then revisions[#revisions + 1] = field end
+end
+-- As text, longer numbers after shorter ones: see above.
+table.sort(revisions, function(a, b) if #a ~= #b then return #a < #b end return a < b end)
+for i = 1, #revisions - tonumber(ARGV[4]) do
+  redis.call('HDEL', KEYS[2], revisions[i], revisions[i] .. ':outcome')
+end
+return 1
+"""
+
+# KEYS: history of quotas. ARGV: revision, what became of it. One that is no longer kept does not come back.
+_RECORD_OUTCOME = """
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1] .. ':outcome', ARGV[2])
 return 1
 """
 
@@ -98,11 +128,12 @@ class PlacementStore:
 
 
 class QuotaStore:
-    """Block quotas of units."""
+    """Block quotas of units: the newest revision, and what became of the latest ones."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._compare_and_set = redis.register_script(_COMPARE_AND_SET)
+        self._compare_and_set = redis.register_script(_SET_QUOTAS)
+        self._record = redis.register_script(_RECORD_OUTCOME)
 
     async def read(self, unit: str) -> admin_pb2.Quotas:
         """Quotas of `unit`; revision 0 where there are none. Raises Unavailable while Redis is away."""
@@ -115,8 +146,11 @@ class QuotaStore:
         }
         return admin_pb2.Quotas(unit=unit, revision=int(fields.get(b"revision", 0)), blocks=blocks)
 
-    async def compare_and_set(self, quotas: admin_pb2.Quotas, expected_revision: int) -> bool:
-        """Put `quotas` in place of those with `expected_revision` (0: of none).
+    async def compare_and_set(
+        self, quotas: admin_pb2.Quotas, expected_revision: int, author: str, now: float
+    ) -> bool:
+        """Put `quotas` in place of those with `expected_revision` (0: of none), for `author` at Unix time
+        `now`.
 
         False: another revision is in force, nothing was written. `quotas.revision` must be above
         `expected_revision` (ValueError). Raises Unavailable while Redis is away; the write may have happened
@@ -127,9 +161,46 @@ class QuotaStore:
         fields = [
             part for model, blocks in quotas.blocks.items() for part in (_MODEL + model.encode(), blocks)
         ]
+        asked = admin_pb2.QuotaRevision(
+            revision=quotas.revision, author=author, blocks=quotas.blocks, asked_unix_ms=int(now * 1000)
+        )
         with redis_errors("writing quotas"):
             done = await self._compare_and_set(
-                keys=[keys.quotas(quotas.unit)],
-                args=["revision", expected_revision, "revision", quotas.revision, *fields],
+                keys=[keys.quotas(quotas.unit), keys.quota_history(quotas.unit)],
+                args=[
+                    expected_revision,
+                    quotas.revision,
+                    asked.SerializeToString(),
+                    KEPT_REVISIONS,
+                    *("revision", quotas.revision, *fields),
+                ],
             )
         return bool(done)
+
+    async def record(self, unit: str, revision: int, above: Collection[str]) -> None:
+        """The worker has put `revision` in force; `above`: models that still hold more than it gives them.
+        Raises Unavailable."""
+        state = admin_pb2.QUOTA_STATE_DEFERRED if above else admin_pb2.QUOTA_STATE_APPLIED
+        outcome = admin_pb2.QuotaRevision(revision=revision, state=state, above=sorted(above))
+        with redis_errors("recording what became of quotas"):
+            await self._record(keys=[keys.quota_history(unit)], args=[revision, outcome.SerializeToString()])
+
+    async def history(self, unit: str) -> list[admin_pb2.QuotaRevision]:
+        """The latest revisions, newest first. Raises Unavailable."""
+        with redis_errors("reading what became of quotas"):
+            fields = cast(dict[bytes, bytes], await self._redis.hgetall(keys.quota_history(unit)))
+        asked = {
+            int(field): admin_pb2.QuotaRevision.FromString(value)
+            for field, value in fields.items()
+            if field.isdigit()
+        }
+        newest = max(asked, default=0)
+        for number, revision in asked.items():
+            outcome = fields.get(b"%d:outcome" % number, b"")
+            revision.MergeFrom(admin_pb2.QuotaRevision.FromString(outcome))
+            if revision.state == admin_pb2.QUOTA_STATE_UNSPECIFIED:
+                revision.state = admin_pb2.QUOTA_STATE_PENDING
+            if number < newest and revision.state != admin_pb2.QUOTA_STATE_APPLIED:
+                revision.state = admin_pb2.QUOTA_STATE_STALE
+                del revision.above[:]
+        return [asked[number] for number in sorted(asked, reverse=True)]

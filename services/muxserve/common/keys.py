@@ -26,7 +26,14 @@ def placement() -> str:
 def quotas(unit: str) -> str:
     """Hash `revision` and one `model:<name>` field of blocks per model. Owners, by compare-and-set: the
     unit's scheduler, and placement for an administrator."""
-    return f"{PREFIX}:quotas:{unit}"
+    return f"{PREFIX}:{{unit:{unit}}}:quotas"
+
+
+def quota_history(unit: str) -> str:
+    """Hash of the latest revisions of a unit's quotas: `<revision>`, what was asked for, and
+    `<revision>:outcome`, what became of it; both a serialized `QuotaRevision`. Owners: whoever writes the
+    quotas, and for outcomes the unit's scheduler."""
+    return f"{PREFIX}:{{unit:{unit}}}:quota-history"
 
 
 def queue(model: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from muxserve.common.errors import Aborted, InvalidArgument, NotFound, ServiceEr
 from muxserve.common.registry import Registry
 from muxserve.common.rpc import channel
 from muxserve.placement.workers import WorkerCalls
-from muxserve.v1 import admin_pb2, admin_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
+from muxserve.v1 import admin_pb2, admin_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +69,10 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.GetQuotasRequest, context: Context
     ) -> admin_pb2.GetQuotasResponse:
         unit = self._unit(request.unit)
-        return admin_pb2.GetQuotasResponse(quotas=await self._quotas.read(unit.unit))
+        quotas, history, use = await asyncio.gather(
+            self._quotas.read(unit.unit), self._quotas.history(unit.unit), self._use(unit)
+        )
+        return admin_pb2.GetQuotasResponse(quotas=quotas, history=history, use=use)
 
     async def SetQuota(
         self, request: admin_pb2.SetQuotaRequest, context: Context
@@ -82,7 +86,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 raise Aborted(f"the revision is {expected}, not {request.expected_revision}")
             quotas.revision += 1
             quotas.blocks[request.model] = request.blocks
-            if await self._quotas.compare_and_set(quotas, expected):
+            if await self._quotas.compare_and_set(quotas, expected, "admin", time.time()):
                 return admin_pb2.SetQuotaResponse(quotas=quotas)
         raise Aborted("the quotas change too fast; try again")
 
@@ -102,6 +106,11 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         if name not in units:
             raise NotFound("unit", name, f"units: {known}")
         return units[name]
+
+    async def _use(self, unit: admin_pb2.Unit) -> list[worker_pb2.ModelBlocks]:
+        """What the unit's models have of the pool; nothing if the worker does not answer."""
+        infos = await _all([self._calls.info(unit.worker_address)])
+        return [model for info in infos for model in info.pool.models]
 
     async def _check_quota(self, unit: admin_pb2.Unit, request: admin_pb2.SetQuotaRequest) -> None:
         names = [model.config.name for model in unit.models]

@@ -9,7 +9,16 @@ from muxserve.engine.messages import LENGTH, STOP, UNFINISHED, Sampling, TokenLo
 from muxserve.v1 import common_pb2, worker_pb2
 from muxserve.worker.executors import ExecutorProcess
 from muxserve.worker.models import LoadedModel, ModelChoice
-from muxserve.worker.orders import Chunk, DecodeOrder, Ended, Opening, Outcome, PrefillOrder, Refused
+from muxserve.worker.orders import (
+    Chunk,
+    DecodeOrder,
+    Ended,
+    Opening,
+    Outcome,
+    PrefillOrder,
+    QuotasInForce,
+    Refused,
+)
 from muxserve.worker.pacing import Progress
 from muxserve.worker.prefix_cache import PrefixCounts
 from muxserve.worker.shapes import ServedShape
@@ -136,6 +145,11 @@ def job_done(ended: Ended) -> worker_pb2.JobDone:
         available_blocks=ended.available_blocks,
         cached_tokens=ended.cached_tokens,
     )
+
+
+def quotas_in_force(quotas: QuotasInForce) -> worker_pb2.QuotasInForce:
+    """What became of quotas."""
+    return worker_pb2.QuotasInForce(revision=quotas.revision, above=quotas.above)
 
 
 def worker_info(worker: Worker) -> worker_pb2.WorkerInfo:

@@ -92,6 +92,15 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class QuotasInForce:
+    """What became of block quotas."""
+
+    revision: int
+    above: tuple[str, ...]
+    """Models that have held more than these give them ever since they came."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """A job has ended. Sequences of one that is not OK are closed."""
 

@@ -11,7 +11,7 @@ import grpc
 from muxserve.common.errors import InvalidArgument
 from muxserve.v1 import worker_pb2, worker_pb2_grpc
 from muxserve.worker import convert
-from muxserve.worker.orders import Ended
+from muxserve.worker.orders import Ended, QuotasInForce
 from muxserve.worker.pacing import Progress
 from muxserve.worker.session import Event, Session
 from muxserve.worker.worker import Worker
@@ -74,6 +74,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 return worker_pb2.JobsResponse(step=convert.step_events(event))
             case Ended():
                 return worker_pb2.JobsResponse(done=convert.job_done(event))
+            case QuotasInForce():
+                return worker_pb2.JobsResponse(quotas=convert.quotas_in_force(event))
             case _:
                 return worker_pb2.JobsResponse(info=convert.worker_info(self._worker))
 

@@ -12,7 +12,7 @@ from muxserve.common.errors import Aborted
 from muxserve.engine.pool import BlockPool
 from muxserve.worker.lanes import Lanes
 from muxserve.worker.models import ModelTable
-from muxserve.worker.orders import DecodeOrder, Ended, Opening, PrefillOrder, Tokens
+from muxserve.worker.orders import DecodeOrder, Ended, Opening, PrefillOrder, QuotasInForce, Tokens
 from muxserve.worker.pacing import Pacer, Progress
 from muxserve.worker.prefix_cache import PrefixCache
 from muxserve.worker.sequences import SequenceBook
@@ -25,7 +25,7 @@ class StateChanged:
     """Models or executors have changed: the scheduler is to be told how the worker stands."""
 
 
-Event = Progress | Ended | StateChanged
+Event = Progress | Ended | StateChanged | QuotasInForce
 
 
 class Session:
@@ -53,7 +53,10 @@ class Session:
         self._models = models
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._pacer = Pacer(longest_wait, self._events.put_nowait)
+        self._pool = pool
         self._quota_revision = 0
+        self._above: tuple[str, ...] = ()
+        """Models that have been above their quotas ever since these came."""
         self._closing: asyncio.Task[None] | None = None
         self.replaced = False
 
@@ -66,6 +69,7 @@ class Session:
                 self._pacer.tokens(event)
             case Ended():
                 self._pacer.ended(event)
+                self._come_down()
             case StateChanged():
                 self._events.put_nowait(event)
 
@@ -99,12 +103,23 @@ class Session:
     def close_sequences(self, numbers: Iterable[int]) -> None:
         """Give back their slots and blocks."""
         self.book.close(numbers)
+        self._come_down()
 
     def set_quotas(self, revision: int, blocks: Mapping[str, int]) -> None:
-        """Set block quotas, unless newer ones were set before."""
+        """Set block quotas, unless newer ones were set before, and tell which are in force."""
         if revision > self._quota_revision:
             self._quota_revision = revision
             self._models.set_quotas(blocks)
+            self._above = tuple(self._pool.borrowers())
+        self._events.put_nowait(QuotasInForce(self._quota_revision, self._above))
+
+    def _come_down(self) -> None:
+        """Blocks were given back: tell when the last model that was above its quota is no longer."""
+        if self._above:
+            borrowers = self._pool.borrowers()
+            self._above = tuple(model for model in self._above if model in borrowers)
+            if not self._above:
+                self._events.put_nowait(QuotasInForce(self._quota_revision, ()))
 
     def finish(self) -> None:
         """Nothing more will come from the scheduler: end the stream."""
