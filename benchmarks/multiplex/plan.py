@@ -1,0 +1,104 @@
+"""What is measured, and how thoroughly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from muxserve.bench.workload import Lengths, Mix, Stream, popularity
+
+POLICIES = ("mux", "spatial", "temporal", "adbs", "fcfs", "round_robin")
+"""Of our engine; the first is ours, the others are what it is compared with."""
+
+OURS = POLICIES[0]
+MODELS = ("m0", "m1", "m2", "m3")
+"""Most popular first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Times are seconds."""
+
+    alphas: tuple[float, ...]
+    policies: tuple[str, ...] = POLICIES
+    searched: tuple[str, ...] = POLICIES
+    """Those whose goodput is looked for."""
+    loads: tuple[float, ...] = (0.5, 0.8, 1.2)
+    """At which everybody is measured beside everybody, in parts of our saturated throughput."""
+    scale: float = 0.1
+    """Of ShareGPT's lengths: two cores are no A100."""
+    context: int = 1024
+    slo_scale: float = 8.0
+    arena: int = 512 * 2**20
+    """Bytes of KV in all: of our arena, and of all peers together."""
+    saturation: float = 20.0
+    probe: float = 30.0
+    """Arrivals of one rate of a search."""
+    cell: float = 20.0
+    """Arrivals of a measurement at one of `loads`."""
+    probes: int = 6
+    """Of a search, at most."""
+    resolution: float = 1.08
+    repeats: int = 3
+    """Of each lone request of the calibration."""
+    seed: int = 7
+    budget: float = float("inf")
+    """After so long no probe is begun any more."""
+    overload: float = 120.0
+    tenants: float = 60.0
+    cases: float = 30.0
+
+    @property
+    def lengths(self) -> Lengths:
+        """Of prompts and outputs."""
+        return Lengths(context=self.context).scaled(self.scale)
+
+    def mix(self, alpha: float) -> Mix:
+        """Traffic of all models, as skewed as that."""
+        shares = popularity(MODELS, alpha)
+        return Mix(tuple(Stream(model, share, self.lengths) for model, share in shares.items()))
+
+
+QUICK = Plan(
+    alphas=(1.3,),
+    searched=("mux", "spatial", "temporal"),
+    loads=(0.8,),
+    saturation=8.0,
+    probe=12.0,
+    cell=15.0,
+    probes=5,
+    resolution=1.12,
+    repeats=2,
+    budget=400.0,
+)
+"""Ends within eight minutes, peers' start included."""
+
+FULL = Plan(alphas=(0.7, 1.3, 2.1))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Two of the paper's comparisons of ADBS with FCFS and round-robin (figure 9), with one model's shape."""
+
+    name: str
+    rates: tuple[float, ...]
+    lengths: tuple[float, ...]
+    """Relative, of outputs."""
+    arena: int = 48 * 2**20
+    """Little enough that memory is what is fought over."""
+    policies: tuple[str, ...] = field(default=("mux", "adbs", "round_robin", "fcfs"))
+
+    def mix(self, plan: Plan) -> Mix:
+        """Traffic of as many models as there are rates."""
+        base = plan.lengths
+        return Mix(
+            tuple(
+                Stream(model, rate, base.scaled(1.0, length))
+                for model, rate, length in zip(MODELS, self.rates, self.lengths, strict=False)
+            )
+        )
+
+
+CASES = (
+    Case("lengths 2:1:1, rates 2:8:8", (2, 8, 8), (2, 1, 1)),
+    Case("lengths 4:1, rates 1:8", (1, 8), (4, 1)),
+)

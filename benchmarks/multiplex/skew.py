@@ -1,0 +1,123 @@
+"""Popularity by a power law: goodput, throughput, and everybody beside everybody at the same loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.multiplex.measuring import Cell, Field, Tell
+from benchmarks.multiplex.plan import OURS, Plan
+from benchmarks.multiplex.systems import VLLM
+from muxserve.bench.report import as_json
+from muxserve.bench.search import Goodput
+
+FLOOD = 12.0
+"""Arrivals of the saturated measurement, in requests per unloaded mean latency: far above what two cores can
+do, whatever the batch."""
+
+SEARCH_FROM = 0.7
+"""Of a system's saturated throughput: where its search begins."""
+
+
+@dataclass
+class Skew:
+    """What was measured at one α."""
+
+    alpha: float
+    saturated: list[Cell] = field(default_factory=list)
+    """No deadlines, more arrivals than anybody can serve."""
+    goodputs: dict[str, Goodput] = field(default_factory=dict)
+    cells: dict[float, list[Cell]] = field(default_factory=dict)
+    """By load, in parts of our saturated throughput."""
+    unloaded: dict[str, Any] = field(default_factory=dict)
+
+    def throughput(self, system: str) -> float:
+        """Requests per second, saturated."""
+        return next(cell.report.total.request_rate for cell in self.saturated if cell.system == system)
+
+    def ratios(self) -> dict[str, float | None]:
+        """Ours over theirs; None where theirs is 0 or was not measured."""
+        found: dict[str, float | None] = {}
+        for name in self.goodputs:
+            if name != OURS:
+                found[f"goodput_vs_{name}"] = _over(self.goodputs[OURS].rate, self.goodputs[name].rate)
+        rivals = [
+            cell.report.total.request_rate for cell in self.saturated if cell.system not in (OURS, VLLM)
+        ]
+        found["throughput_vs_best"] = _over(self.throughput(OURS), max(rivals, default=0.0))
+        if VLLM in self.unloaded:
+            found["throughput_vs_vllm"] = _over(self.throughput(OURS), self.throughput(VLLM))
+            found["unloaded_ttft_vs_vllm"] = _over(self.unloaded[VLLM]["ttft"], self.unloaded[OURS]["ttft"])
+        found["worst_model_attainment"] = self.worst_attainment(OURS, 0.8)
+        for name in self.goodputs:
+            if name != OURS and (ours := self._tpot(OURS)) and (theirs := self._tpot(name)):
+                found[f"p99_tpot_over_{name}"] = round(ours / theirs, 3)
+        return found
+
+    def worst_attainment(self, system: str, load: float) -> float | None:
+        """Part of the worst model's requests that met their SLO at that load."""
+        for cell in self.cells.get(load, []):
+            if cell.system == system and cell.report.worst_model:
+                worst = cell.report.models[cell.report.worst_model]
+                return round(list(worst.attainment.values())[-1], 4)
+        return None
+
+    def _tpot(self, system: str) -> float | None:
+        """P99 at the lightest load that was measured, if the system copes with it."""
+        for cell in self.cells.get(min(self.cells, default=0.0), []):
+            if cell.system == system and list(cell.report.total.attainment.values())[-1] >= 0.99:
+                return cell.report.total.tpot.p99
+        return None
+
+    def as_json(self) -> dict[str, Any]:
+        """For raw results."""
+        return {
+            "alpha": self.alpha,
+            "unloaded": as_json(self.unloaded),
+            "ratios": self.ratios(),
+            "goodputs": as_json(self.goodputs),
+            "saturated": as_json(self.saturated),
+            "cells": as_json(self.cells),
+        }
+
+
+async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
+    """All of it, by turns. Raises Failed."""
+    mix = plan.mix(alpha)
+    found = Skew(alpha)
+    tell(f"alpha {alpha:g}")
+    await field.calibrate(mix)
+    lengths = plan.lengths
+    for name, unloaded in field.unloaded.items():
+        typical = round(lengths.prompt), round(lengths.output)
+        found.unloaded[name] = {
+            **as_json(unloaded),
+            "ttft": unloaded.ttft(typical[0]),
+            "latency": unloaded.latency(*typical),
+        }
+    flood = FLOOD / found.unloaded[OURS]["latency"]
+    for name in field.systems:
+        cell = await field.cell(name, mix, flood, plan.saturation, wait=False)
+        found.saturated.append(cell)
+        total = cell.report.total
+        tell(f"{name}: saturated {total.request_rate:.2f} requests/s, {total.token_rate:.0f} tokens/s")
+    capacity = found.throughput(OURS)
+    for load in plan.loads:
+        # With little time, only ours: what the others do at their own limit is told by their goodput.
+        names = list(field.systems) if len(plan.loads) > 1 else [OURS]
+        for name in names:
+            cell = await field.cell(name, mix, load * capacity, plan.cell, wait=True)
+            found.cells.setdefault(load, []).append(cell)
+            met = list(cell.report.total.attainment.values())[-1]
+            tell(
+                f"{name}: load {load:g} ({cell.rate:.2f} requests/s): {met:.1%} met their SLO, worst model "
+                f"{found.worst_attainment(name, load)}, P99 TTFT {cell.report.total.ttft.p99:.2f} s"
+            )
+    searched = [name for name in field.systems if name in plan.searched or name == VLLM]
+    starts = {name: max(SEARCH_FROM * found.throughput(name), 0.05 * capacity) for name in searched}
+    found.goodputs = await field.goodputs(searched, mix, starts)
+    return found
+
+
+def _over(ours: float, theirs: float) -> float | None:
+    return round(ours / theirs, 3) if theirs > 0 else None
