@@ -175,7 +175,7 @@ def _peer(found: Found) -> Iterator[str]:
 
 
 def _service(found: Found) -> Iterator[str]:
-    for way, one in found["ways"].items():
+    for way, one in found["policies"].items():
         if "ended" not in one:
             yield f"{way}: {one.get('error', 'cut off')[-600:]}"
             continue

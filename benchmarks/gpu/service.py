@@ -1,9 +1,9 @@
-"""Four models of skewed popularity through all services: on one unit, and on a quarter of the memory each.
+"""Four models of skewed popularity through all services: multiplexed, and on a static partition.
 
-The same requests, at the same moments, to both: Poisson arrivals, lengths drawn once. One unit: one worker
-whose arena all four share. Static: a worker for each model, with a quarter of the arena; the device goes from
-one's process to the other's, as it does without MPS. Popularity is that of the MuxServe paper's synthetic
-workloads (a power law with exponent 2.1).
+The same requests, at the same moments, to each policy: Poisson arrivals, lengths drawn once. `mux` is what
+the scheduler does by default; `spatial` gives every model its own part of memory and compute, by its rate,
+and what one does not use nobody else has; `adbs`, the paper's policy, if there is time. Popularity is that of
+the MuxServe paper's synthetic workloads (a power law with exponent 2.1).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.shapes import TINY_SHAPES, Shape
 
 LLAMA_1B = Shape("Llama-3.2-1B, 384 tokens", 16, 2048, 8192, 32, 8, 64, 384, theta=500_000.0)
+POLICIES = ("mux", "spatial", "adbs")
 FIRST_SLO, TOKEN_SLO = 1.0, 0.05
 """Seconds to the first token, and from one to the next on average: what a request should keep."""
 
@@ -85,28 +86,31 @@ def trace(plan: Plan) -> list[Arrival]:
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Both, one after the other."""
+    """One policy after another."""
     plan = Plan.of(context)
     arrivals = trace(plan)
     found: dict[str, Any] = {
         "plan": {**vars(plan), "shape": plan.shape.name},
         "popularity": plan.popularity(),
         "requests": len(arrivals),
-        "ways": {},
+        "policies": {},
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         context.keep(found, "a checkpoint")
         write_checkpoint(plan.shape, folder / "model", context.torch_device)
-        for way, workers in (("one unit", 1), ("static", plan.models)):
-            context.keep(found, f"{way}: starting")
+        for policy in POLICIES[:2] if context.tiny else POLICIES:
+            if policy == POLICIES[-1] and not context.enough(3 * plan.window):
+                found["left_out"] = policy
+                break
+            context.keep(found, f"{policy}: starting")
             one: dict[str, Any] = {}
-            found["ways"][way] = one
+            found["policies"][policy] = one
             try:
                 begun = time.perf_counter()
-                with _deployment(context, plan, workers, folder) as gateway:
+                with _deployment(context, plan, policy, folder) as gateway:
                     one["ready_s"] = time.perf_counter() - begun
-                    context.keep(found, f"{way}: {len(arrivals)} requests")
+                    context.keep(found, f"{policy}: {len(arrivals)} requests")
                     most = max(5.0, min(3 * plan.window, context.left() - 5))
                     one |= asyncio.run(_drive(gateway, arrivals, most, plan))
             except RuntimeError as error:
@@ -116,7 +120,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 @contextmanager
-def _deployment(context: Context, plan: Plan, workers: int, folder: Path) -> Iterator[str]:
+def _deployment(context: Context, plan: Plan, policy: str, folder: Path) -> Iterator[str]:
     """`muxserve up`; the gateway's address. Raises RuntimeError if it does not become ready."""
     worker: dict[str, Any] = {"device": plan.device, "slots": 256}
     if plan.device != "cpu":
@@ -131,19 +135,19 @@ def _deployment(context: Context, plan: Plan, workers: int, folder: Path) -> Ite
             }
             for number, part in enumerate(plan.popularity())
         ],
-        "arena": plan.arena // workers,
-        "workers": workers,
+        "arena": plan.arena,
+        "policy": policy,
         "port": 0,
         "admin_port": 0,
         "log_level": "warning",
         "settings": {"worker": worker, "scheduler": {"chunk_tokens": 4096, "lease_steps": 32}},
     }
-    file, ready = folder / f"{workers}.json", folder / f"{workers}.ready"
+    file, ready = folder / f"{policy}.json", folder / f"{policy}.ready"
     file.write_text(json.dumps(config))  # JSON is YAML
     # As a child that cannot outlive this process, however it ends.
     command = [sys.executable, "-m", "muxserve.cli.child", str(os.getpid()), "-m", "muxserve.cli.main", "up"]
-    command += ["--config", str(file), "--run-dir", f"{folder}/run-{workers}", "--ready-file", str(ready)]
-    log = folder / f"{workers}.log"
+    command += ["--config", str(file), "--run-dir", f"{folder}/run-{policy}", "--ready-file", str(ready)]
+    log = folder / f"{policy}.log"
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         limit = threading.Timer(max(20.0, context.left() - 10), process.kill)
@@ -154,7 +158,7 @@ def _deployment(context: Context, plan: Plan, workers: int, folder: Path) -> Ite
                 pass
             limit.cancel()
             if not line:
-                raise RuntimeError(f"muxserve up: {_told(folder / f'run-{workers}', log)}")
+                raise RuntimeError(f"muxserve up: {_told(folder / f'run-{policy}', log)}")
             process.stdout.readline()  # printed once the file is there
             yield str(json.loads(ready.read_text())["gateway"])
         finally:

@@ -86,8 +86,9 @@ def test_all_sections(tmp_path: Path) -> None:
         *("alone", "turns", "streams", "shares")
     }
     assert found["peer"]["workloads"][0]["ours_over_theirs"] > 0
-    assert found["service"]["ways"]["one unit"]["ended"] == found["service"]["requests"]
-    assert found["service"]["ways"]["static"]["ended"] == found["service"]["requests"]
+    assert set(found["service"]["policies"]) == {"mux", "spatial"}
+    for policy in found["service"]["policies"].values():
+        assert policy["ended"] == found["service"]["requests"]
     assert len(found["tune"]["entries"]) == 2
 
 
