@@ -31,7 +31,7 @@ from benchmarks.engine.run import default_model
 from benchmarks.multiplex import trials
 from benchmarks.multiplex.measuring import Field
 from benchmarks.multiplex.pictures import plot_loads, plot_overload, plot_skew
-from benchmarks.multiplex.plan import CASES, FULL, MODELS, OURS, POLICIES, QUICK, Plan
+from benchmarks.multiplex.plan import CASES, FULL, MODELS, POLICIES, QUICK, Plan
 from benchmarks.multiplex.skew import Skew, measure
 from benchmarks.multiplex.systems import VLLM, Ours, System, Vllm
 from muxserve.bench.report import as_json
@@ -99,7 +99,7 @@ class Benchmark:
         return found
 
     async def _overload(self) -> dict[str, Any]:
-        field = await self._field((OURS,), MODELS, self._plan.arena)
+        field = await self._field(self._plan.policies[:1], MODELS, self._plan.arena)
         try:
             found = await trials.overload(field, self._plan, self.tell)
         finally:
@@ -111,7 +111,7 @@ class Benchmark:
         return found
 
     async def _tenants(self) -> dict[str, Any]:
-        field = await self._field((OURS,), MODELS, self._plan.arena)
+        field = await self._field(self._plan.policies[:1], MODELS, self._plan.arena)
         try:
             found = await trials.tenants(field, self._plan, self.tell)
         finally:
@@ -171,7 +171,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python", default="", help="interpreter that has vLLM: measure it too")
     parser.add_argument("--peer-threads", type=int, default=0, help="of each vLLM (default: all cores)")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="of the sections; repeatable")
-    parser.add_argument("--policy", action="append", choices=POLICIES, help="(default: all); repeatable")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        choices=POLICIES,
+        help="the first is compared with the others (default: all)",
+    )
     parser.add_argument("--alpha", action="append", type=float, help="(default: 0.7, 1.3, 2.1); repeatable")
     parser.add_argument("--slo-scale", type=float, help="(default: 8)")
     parser.add_argument("--scale-lengths", type=float, help="factor on ShareGPT's lengths (default: 0.1)")

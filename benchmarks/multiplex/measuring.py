@@ -44,6 +44,8 @@ class Field:
         self.systems = {system.name: system for system in systems}
         self.unloaded: dict[str, Unloaded] = {}
         """By system."""
+        self.ours = systems[0].name
+        """The one that is compared with the others."""
         self._plan = plan
         self._tell = tell
         self._begun = time.monotonic() if begun is None else begun

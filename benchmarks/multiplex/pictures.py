@@ -68,7 +68,7 @@ def plot_loads(skew: Skew, path: Path) -> None:
     axes[1].set(title="met the SLO, worst model", ylabel="% of its requests", ylim=(0, 103))
     axes[2].set(title="time to first token, P99", ylabel="seconds", yscale="log")
     for each in axes:
-        each.set_xlabel("load, parts of mux's saturated throughput")
+        each.set_xlabel("load, parts of " + skew.ours + "'s saturated throughput")
         each.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     _save(figure, path)

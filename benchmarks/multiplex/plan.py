@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from muxserve.bench.workload import Lengths, Mix, Stream, popularity
 
 POLICIES = ("mux", "spatial", "temporal", "adbs", "fcfs", "round_robin")
-"""Of our engine; the first is ours, the others are what it is compared with."""
+"""Of our engine; the first is what the others are compared with."""
 
-OURS = POLICIES[0]
 MODELS = ("m0", "m1", "m2", "m3")
 """Most popular first."""
 

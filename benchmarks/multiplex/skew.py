@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.multiplex.measuring import Cell, Field, Tell
-from benchmarks.multiplex.plan import OURS, Plan
+from benchmarks.multiplex.plan import Plan
 from benchmarks.multiplex.systems import VLLM
 from muxserve.bench.report import as_json
 from muxserve.bench.search import Goodput
@@ -24,11 +24,13 @@ class Skew:
     """What was measured at one α."""
 
     alpha: float
+    ours: str
+    """The system that is compared with the others."""
     saturated: list[Cell] = field(default_factory=list)
     """No deadlines, more arrivals than anybody can serve."""
     goodputs: dict[str, Goodput] = field(default_factory=dict)
     cells: dict[float, list[Cell]] = field(default_factory=dict)
-    """By load, in parts of our saturated throughput."""
+    """By load, in parts of our own saturated throughput."""
     unloaded: dict[str, Any] = field(default_factory=dict)
 
     def throughput(self, system: str) -> float:
@@ -39,18 +41,20 @@ class Skew:
         """Ours over theirs; None where theirs is 0 or was not measured."""
         found: dict[str, float | None] = {}
         for name in self.goodputs:
-            if name != OURS:
-                found[f"goodput_vs_{name}"] = _over(self.goodputs[OURS].rate, self.goodputs[name].rate)
+            if name != self.ours:
+                found[f"goodput_vs_{name}"] = _over(self.goodputs[self.ours].rate, self.goodputs[name].rate)
         rivals = [
-            cell.report.total.request_rate for cell in self.saturated if cell.system not in (OURS, VLLM)
+            cell.report.total.request_rate for cell in self.saturated if cell.system not in (self.ours, VLLM)
         ]
-        found["throughput_vs_best"] = _over(self.throughput(OURS), max(rivals, default=0.0))
+        found["throughput_vs_best"] = _over(self.throughput(self.ours), max(rivals, default=0.0))
         if VLLM in self.unloaded:
-            found["throughput_vs_vllm"] = _over(self.throughput(OURS), self.throughput(VLLM))
-            found["unloaded_ttft_vs_vllm"] = _over(self.unloaded[VLLM]["ttft"], self.unloaded[OURS]["ttft"])
-        found["worst_model_attainment"] = self.worst_attainment(OURS, 0.8)
+            found["throughput_vs_vllm"] = _over(self.throughput(self.ours), self.throughput(VLLM))
+            found["unloaded_ttft_vs_vllm"] = _over(
+                self.unloaded[VLLM]["ttft"], self.unloaded[self.ours]["ttft"]
+            )
+        found["worst_model_attainment"] = self.worst_attainment(self.ours, 0.8)
         for name in self.goodputs:
-            if name != OURS and (ours := self._tpot(OURS)) and (theirs := self._tpot(name)):
+            if name != self.ours and (ours := self._tpot(self.ours)) and (theirs := self._tpot(name)):
                 found[f"p99_tpot_over_{name}"] = round(ours / theirs, 3)
         return found
 
@@ -73,6 +77,7 @@ class Skew:
         """For raw results."""
         return {
             "alpha": self.alpha,
+            "ours": self.ours,
             "unloaded": as_json(self.unloaded),
             "ratios": self.ratios(),
             "goodputs": as_json(self.goodputs),
@@ -84,7 +89,7 @@ class Skew:
 async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
     """All of it, by turns. Raises Failed."""
     mix = plan.mix(alpha)
-    found = Skew(alpha)
+    found = Skew(alpha, field.ours)
     tell(f"alpha {alpha:g}")
     await field.calibrate(mix)
     lengths = plan.lengths
@@ -95,16 +100,16 @@ async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
             "ttft": unloaded.ttft(typical[0]),
             "latency": unloaded.latency(*typical),
         }
-    flood = FLOOD / found.unloaded[OURS]["latency"]
+    flood = FLOOD / found.unloaded[field.ours]["latency"]
     for name in field.systems:
         cell = await field.cell(name, mix, flood, plan.saturation, wait=False)
         found.saturated.append(cell)
         total = cell.report.total
         tell(f"{name}: saturated {total.request_rate:.2f} requests/s, {total.token_rate:.0f} tokens/s")
-    capacity = found.throughput(OURS)
+    capacity = found.throughput(field.ours)
     for load in plan.loads:
         # With little time, only ours: what the others do at their own limit is told by their goodput.
-        names = list(field.systems) if len(plan.loads) > 1 else [OURS]
+        names = list(field.systems) if len(plan.loads) > 1 else [field.ours]
         for name in names:
             cell = await field.cell(name, mix, load * capacity, plan.cell, wait=True)
             found.cells.setdefault(load, []).append(cell)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from benchmarks.multiplex.measuring import Cell, Field, Tell
-from benchmarks.multiplex.plan import OURS, Case, Plan
+from benchmarks.multiplex.plan import Case, Plan
 from benchmarks.multiplex.skew import FLOOD
 from muxserve.bench.generator import Limits, Run
 from muxserve.bench.outcomes import Outcome, Status
@@ -31,7 +31,7 @@ TENANT_LOAD = 1.2
 GREED = 10
 
 
-async def capacity(field: Field, mix: Mix, plan: Plan, system: str = OURS) -> Cell:
+async def capacity(field: Field, mix: Mix, plan: Plan, system: str) -> Cell:
     """Saturated throughput, with no deadlines."""
     unloaded = field.unloaded[system].latency(round(plan.lengths.prompt), round(plan.lengths.output))
     return await field.cell(system, mix, FLOOD / unloaded, plan.saturation, wait=False)
@@ -56,8 +56,8 @@ async def overload(field: Field, plan: Plan, tell: Tell) -> dict[str, Any]:
     and after. One run, so that nothing rests in between."""
     mix = plan.mix(ALPHA)
     await field.calibrate(mix)
-    slo = field.slo(OURS, mix)
-    limit = (await capacity(field, mix, plan)).report.total.request_rate
+    slo = field.slo(field.ours, mix)
+    limit = (await capacity(field, mix, plan, field.ours)).report.total.request_rate
     light = mix.poisson(LIGHT * limit, LIGHT_SECONDS, plan.seed)
     flood = mix.poisson(TIMES * limit, plan.overload, plan.seed + 1)
     begin, end = LIGHT_SECONDS, LIGHT_SECONDS + plan.overload
@@ -65,7 +65,7 @@ async def overload(field: Field, plan: Plan, tell: Tell) -> dict[str, Any]:
     memory: list[tuple[float, int]] = []
     sampling = asyncio.create_task(_sample(field, memory))
     try:
-        run = await field.run(OURS, requests, slo.deadline, Limits(drain=60))
+        run = await field.run(field.ours, requests, slo.deadline, Limits(drain=60))
     finally:
         sampling.cancel()
         with suppress(asyncio.CancelledError):
@@ -108,7 +108,7 @@ async def tenants(field: Field, plan: Plan, tell: Tell) -> dict[str, Any]:
     """Four tenants alike; then the same requests and nine times as many more of one of them."""
     mix = plan.mix(ALPHA)
     await field.calibrate(mix)
-    limit = (await capacity(field, mix, plan)).report.total.request_rate
+    limit = (await capacity(field, mix, plan, field.ours)).report.total.request_rate
     each = TENANT_LOAD * limit / (len(TENANTS) - 1 + GREED)
     alike = merge(
         *(
@@ -117,12 +117,12 @@ async def tenants(field: Field, plan: Plan, tell: Tell) -> dict[str, Any]:
         )
     )
     more = _of(mix, TENANTS[-1]).poisson((GREED - 1) * each, plan.tenants, plan.seed + len(TENANTS))
-    slo = field.slo(OURS, mix)
+    slo = field.slo(field.ours, mix)
     waits: dict[str, Spread] = {}
     raw = {}
     for name, requests in {"alike": alike, "greedy": merge(alike, more)}.items():
         # Without deadlines: what the greedy one has piled up is there, and must not be in the way.
-        run = await field.run(OURS, requests, lambda _: None, Limits(drain=120))
+        run = await field.run(field.ours, requests, lambda _: None, Limits(drain=120))
         others = [one for one in run.outcomes if one.tenant != TENANTS[-1]]
         waits[name] = Spread.of(one.ttft for one in others if one.status is Status.OK)
         raw[name] = {
@@ -154,7 +154,7 @@ async def _sample(field: Field, memory: list[tuple[float, int]]) -> None:
     loop = asyncio.get_running_loop()
     begun = loop.time()
     while True:
-        sizes = await asyncio.to_thread(field.systems[OURS].memory)
+        sizes = await asyncio.to_thread(field.systems[field.ours].memory)
         memory.append((round(loop.time() - begun, 2), sum(sizes.values())))
         await asyncio.sleep(5)
 
