@@ -38,7 +38,7 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
 def run(out: Path, *arguments: str) -> dict[str, Any]:
     """Its results; all that was asked for is in them, and in the summary."""
     process = start(out, *arguments)
-    printed, told = process.communicate(timeout=170)
+    printed, told = process.communicate(timeout=450)
     assert process.returncode == 0, printed + told
     results: dict[str, Any] = json.loads((out / "results.json").read_text())
     assert printed.strip() == (out / "summary.txt").read_text().strip()
@@ -76,6 +76,7 @@ def test_sections_in_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_all_sections(tmp_path: Path) -> None:
     names = [section.name for section in SECTIONS]
     found = dict(zip(names, found_of(run(tmp_path, "--only", ",".join(names)), *names), strict=True))
