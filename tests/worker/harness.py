@@ -30,6 +30,7 @@ class Harness:
 
     worker: Worker
     stub: worker_pb2_grpc.WorkerServiceAsyncStub
+    address: str
     _epoch: int = 0
 
     async def load(self, name: str, path: Path, **options: Any) -> common_pb2.ModelShape:
@@ -88,7 +89,7 @@ async def running_worker(
         address = await server.start()
         await worker.start()
         async with channel(address) as connection:
-            yield Harness(worker, worker_pb2_grpc.WorkerServiceStub(connection))
+            yield Harness(worker, worker_pb2_grpc.WorkerServiceStub(connection), address)
     finally:
         await server.stop(0.5)
         await worker.stop()

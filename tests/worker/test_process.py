@@ -63,7 +63,8 @@ async def test_a_worker_that_ends_leaves_no_process(
         entry = await worker.entry(Registry(client))
         assert entry.pid == worker.process.pid
         async with channel(entry.address) as connection:
-            harness = Harness(None, worker_pb2_grpc.WorkerServiceStub(connection))  # type: ignore[arg-type]
+            stub = worker_pb2_grpc.WorkerServiceStub(connection)
+            harness = Harness(None, stub, entry.address)  # type: ignore[arg-type]
             await harness.load("llama", llama)
             family = worker.family()
             assert len(family) == 3
