@@ -191,6 +191,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     chosen: dict[str, Any] = {
         "alphas": options.alpha and tuple(options.alpha),
         "policies": options.policy and tuple(options.policy),
+        "searched": options.policy and tuple(options.policy),
         "slo_scale": options.slo_scale,
         "scale": options.scale_lengths,
         "probe": options.probe_seconds,

@@ -31,6 +31,8 @@ class Cell:
     system: str
     rate: float
     """Requests per second that were to arrive."""
+    token_rate: float
+    """Output tokens that arrived per second, after the warm-up and until arrivals ended."""
     report: Report
     outcomes: dict[str, list[Any]]
     """Raw, by column."""
@@ -94,7 +96,8 @@ class Field:
         longest = max(map(slo.deadline, requests), default=0.0)
         run = await self.run(system, requests, lambda _: None, Limits(drain=longest if wait else 0.0))
         found = report(run, WARMUP * seconds, seconds, slo)
-        return Cell(system, rate, found, outcomes_as_json(run.outcomes))
+        tokens = run.token_rate(round(WARMUP * seconds), round(seconds))
+        return Cell(system, rate, tokens, found, outcomes_as_json(run.outcomes))
 
     async def goodputs(
         self, names: Sequence[str], mix: Mix, starts: Mapping[str, float]

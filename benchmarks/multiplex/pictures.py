@@ -40,7 +40,7 @@ def plot_skew(measured: Sequence[Skew], path: Path) -> None:
         axes[0].bar(at, rates, width, yerr=(np.zeros(len(rates)), above), capsize=2, label=name)
         axes[1].bar(at, [skew.throughput(name) for skew in measured], width, label=name)
     axes[0].set(title="goodput: highest rate with 99% within the SLO", ylabel="requests/s")
-    axes[1].set(title="saturated throughput, no deadlines", ylabel="requests/s")
+    axes[1].set(title="saturated throughput, no deadlines", ylabel="output tokens/s")
     for each in axes:
         each.set_xticks(places, [f"alpha {skew.alpha:g}" for skew in measured])
         each.grid(alpha=0.3, axis="y")

@@ -34,8 +34,8 @@ class Skew:
     unloaded: dict[str, Any] = field(default_factory=dict)
 
     def throughput(self, system: str) -> float:
-        """Requests per second, saturated."""
-        return next(cell.report.total.request_rate for cell in self.saturated if cell.system == system)
+        """Output tokens per second, saturated."""
+        return next(cell.token_rate for cell in self.saturated if cell.system == system)
 
     def ratios(self) -> dict[str, float | None]:
         """Ours over theirs; None where theirs is 0 or was not measured."""
@@ -43,9 +43,7 @@ class Skew:
         for name in self.goodputs:
             if name != self.ours:
                 found[f"goodput_vs_{name}"] = _over(self.goodputs[self.ours].rate, self.goodputs[name].rate)
-        rivals = [
-            cell.report.total.request_rate for cell in self.saturated if cell.system not in (self.ours, VLLM)
-        ]
+        rivals = [cell.token_rate for cell in self.saturated if cell.system not in (self.ours, VLLM)]
         found["throughput_vs_best"] = _over(self.throughput(self.ours), max(rivals, default=0.0))
         if VLLM in self.unloaded:
             found["throughput_vs_vllm"] = _over(self.throughput(self.ours), self.throughput(VLLM))
@@ -105,8 +103,8 @@ async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
         cell = await field.cell(name, mix, flood, plan.saturation, wait=False)
         found.saturated.append(cell)
         total = cell.report.total
-        tell(f"{name}: saturated {total.request_rate:.2f} requests/s, {total.token_rate:.0f} tokens/s")
-    capacity = found.throughput(field.ours)
+        tell(f"{name}: saturated {cell.token_rate:.0f} tokens/s, {total.request_rate:.2f} requests/s ended")
+    capacity = found.throughput(field.ours) / mix.mean_output(plan.seed)
     for load in plan.loads:
         # With little time, only ours: what the others do at their own limit is told by their goodput.
         names = list(field.systems) if len(plan.loads) > 1 else [field.ours]
@@ -119,7 +117,8 @@ async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
                 f"{found.worst_attainment(name, load)}, P99 TTFT {cell.report.total.ttft.p99:.2f} s"
             )
     searched = [name for name in field.systems if name in plan.searched or name == VLLM]
-    starts = {name: max(SEARCH_FROM * found.throughput(name), 0.05 * capacity) for name in searched}
+    mean = mix.mean_output(plan.seed)
+    starts = {name: max(SEARCH_FROM * found.throughput(name) / mean, 0.05 * capacity) for name in searched}
     found.goodputs = await field.goodputs(searched, mix, starts)
     return found
 

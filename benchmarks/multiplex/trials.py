@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from benchmarks.multiplex.measuring import Cell, Field, Tell
+from benchmarks.multiplex.measuring import Field, Tell
 from benchmarks.multiplex.plan import Case, Plan
 from benchmarks.multiplex.skew import FLOOD
 from muxserve.bench.generator import Limits, Run
@@ -31,10 +31,11 @@ TENANT_LOAD = 1.2
 GREED = 10
 
 
-async def capacity(field: Field, mix: Mix, plan: Plan, system: str) -> Cell:
-    """Saturated throughput, with no deadlines."""
-    unloaded = field.unloaded[system].latency(round(plan.lengths.prompt), round(plan.lengths.output))
-    return await field.cell(system, mix, FLOOD / unloaded, plan.saturation, wait=False)
+async def capacity(field: Field, mix: Mix, plan: Plan) -> float:
+    """Requests per second that can be served: saturated throughput, with no deadlines."""
+    unloaded = field.unloaded[field.ours].latency(round(plan.lengths.prompt), round(plan.lengths.output))
+    cell = await field.cell(field.ours, mix, FLOOD / unloaded, plan.saturation, wait=False)
+    return cell.token_rate / mix.mean_output(plan.seed)
 
 
 async def case(field: Field, plan: Plan, which: Case, tell: Tell) -> dict[str, Any]:
@@ -47,7 +48,7 @@ async def case(field: Field, plan: Plan, which: Case, tell: Tell) -> dict[str, A
         cell = await field.cell(name, mix, FLOOD / unloaded, plan.cases, wait=False)
         cells.append(cell)
         models = {model: round(one.request_rate, 2) for model, one in cell.report.models.items()}
-        tell(f"{which.name}: {name}: {cell.report.total.request_rate:.2f} requests/s, by model {models}")
+        tell(f"{which.name}: {name}: {cell.token_rate:.0f} tokens/s, requests/s by model {models}")
     return {"case": as_json(which), "cells": as_json(cells)}
 
 
@@ -57,7 +58,7 @@ async def overload(field: Field, plan: Plan, tell: Tell) -> dict[str, Any]:
     mix = plan.mix(ALPHA)
     await field.calibrate(mix)
     slo = field.slo(field.ours, mix)
-    limit = (await capacity(field, mix, plan, field.ours)).report.total.request_rate
+    limit = await capacity(field, mix, plan)
     light = mix.poisson(LIGHT * limit, LIGHT_SECONDS, plan.seed)
     flood = mix.poisson(TIMES * limit, plan.overload, plan.seed + 1)
     begin, end = LIGHT_SECONDS, LIGHT_SECONDS + plan.overload
@@ -108,7 +109,7 @@ async def tenants(field: Field, plan: Plan, tell: Tell) -> dict[str, Any]:
     """Four tenants alike; then the same requests and nine times as many more of one of them."""
     mix = plan.mix(ALPHA)
     await field.calibrate(mix)
-    limit = (await capacity(field, mix, plan, field.ours)).report.total.request_rate
+    limit = await capacity(field, mix, plan)
     each = TENANT_LOAD * limit / (len(TENANTS) - 1 + GREED)
     alike = merge(
         *(

@@ -59,6 +59,7 @@ async def test_arrivals_wait_for_no_answer() -> None:
     assert [one.status for one in run.outcomes] == [Status.OK] * 20
     assert all(one.latency >= 0.3 for one in run.outcomes)
     assert run.seconds < 1.5 and not run.stopped
+    assert sum(run.tokens) == 40
 
 
 @pytest.mark.parametrize(

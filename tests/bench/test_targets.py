@@ -72,7 +72,7 @@ TOKEN = {"choices": [{"text": "x"}], "usage": None}
 async def test_a_stream_is_counted_token_by_token_and_by_its_usage(serve: Serve) -> None:
     usage = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 7}}
     reply, pieces = await ask(await serve(streaming(*[TOKEN] * 5, usage)))
-    assert (reply.tokens, reply.prompt_tokens, pieces) == (7, 3, 5)
+    assert (reply.tokens, reply.prompt_tokens, pieces) == (7, 3, 6)
 
 
 async def test_a_server_without_usage_is_counted_by_its_events(serve: Serve) -> None:

@@ -53,6 +53,12 @@ class Run:
     """Processor time that the generator's process took meanwhile."""
     stopped: bool
     """Whether it was ended early."""
+    tokens: tuple[int, ...] = ()
+    """Output tokens that arrived in each second of the run, of whatever request."""
+
+    def token_rate(self, begin: int, end: int) -> float:
+        """Output tokens per second that arrived in [begin, end), of requests that have ended and others."""
+        return sum(self.tokens[begin:end]) / (end - begin)
 
     @property
     def worst_lag(self) -> float:
@@ -80,6 +86,7 @@ class Generator:
         self._outcomes: list[Outcome | None] = [None] * len(requests)
         self._stop = asyncio.Event()
         self._begin = 0.0
+        self._tokens: dict[int, int] = {}
         self.progress = Progress(len(requests))
 
     async def run(self) -> Run:
@@ -104,7 +111,8 @@ class Generator:
                 task.cancel()
             await asyncio.gather(stopped, *tasks, return_exceptions=True)
         outcomes = tuple(one for one in self._outcomes if one is not None)
-        return Run(outcomes, self._now(), time.process_time() - cpu, self._stop.is_set())
+        tokens = tuple(self._tokens.get(second, 0) for second in range(max(self._tokens, default=-1) + 1))
+        return Run(outcomes, self._now(), time.process_time() - cpu, self._stop.is_set(), tokens)
 
     async def _finish(self, tasks: set[asyncio.Task[None]], stopped: asyncio.Task[bool]) -> None:
         end = self._now() + self._limits.drain
@@ -118,11 +126,14 @@ class Generator:
         """Send one request; its outcome is noted however it ends."""
         reply = Reply()
         first: float | None = None
-        last = 0.0
+        last, known = 0.0, 0
 
         def arrived() -> None:
-            nonlocal first, last
+            nonlocal first, last, known
             last = self._now()
+            self._tokens[int(last)] = self._tokens.get(int(last), 0) + reply.tokens - known
+            self.progress.tokens += reply.tokens - known
+            known = reply.tokens
             if first is None:
                 first = last
 
@@ -163,7 +174,6 @@ class Generator:
         self._outcomes[number] = outcome
         progress = self.progress
         progress.ended += 1
-        progress.tokens += outcome.tokens
         progress.by_status[outcome.status] = progress.by_status.get(outcome.status, 0) + 1
         if self._watch(outcome):
             self._stop.set()

@@ -221,14 +221,13 @@ def _take(line: bytes, reply: Reply) -> bool:
     event = json.loads(line[5:])
     if "error" in event:
         raise Failed(str(event["error"]))
+    before = reply.tokens
     if usage := event.get("usage"):
         reply.tokens = int(usage["completion_tokens"])
         reply.prompt_tokens = int(usage.get("prompt_tokens", 0))
-    if not event.get("choices"):
-        return False
-    if not usage:
+    elif event.get("choices"):
         reply.tokens += 1
-    return True
+    return reply.tokens > before
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> Exception:

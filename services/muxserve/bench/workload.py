@@ -129,6 +129,11 @@ class Mix:
             at += gaps.exponential() / rate
         return found
 
+    def mean_output(self, seed: int) -> float:
+        """Tokens that a request asks for on average, after clipping."""
+        drawn = self.poisson(1.0, 3000.0, seed)
+        return sum(request.output_tokens for request in drawn) / len(drawn)
+
     def words(self, random: np.random.Generator, tokens: int) -> tuple[int, ...] | str:
         """A prompt of so many tokens."""
         ids = random.integers(self.vocabulary // 2, self.vocabulary, tokens)
