@@ -29,6 +29,8 @@ class SimOptions:
     """Shares are taken from the placement."""
     slots: int = 256
     """Most sequences of a model that a unit runs at once."""
+    ahead: int = 32
+    """Most requests of a model that wait in a unit; more stay in the model's queue."""
     patience: float = 120.0
     """Seconds after the last arrival when the simulation ends, whatever is left."""
     checked: bool = False
@@ -177,5 +179,6 @@ class _Cluster:
             degree,
             kv_bytes,
             self._options.slots,
+            self._options.ahead,
             lambda request: None,
         )

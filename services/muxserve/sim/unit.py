@@ -33,9 +33,6 @@ from muxserve.scheduler.policy.interface import (
 from muxserve.sim.executor import Executor, Work
 from muxserve.sim.requests import Request
 
-SCHEDULED_AHEAD = 4
-"""Requests that wait in a unit at least, if there are any, even of a model with fewer slots."""
-
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -87,9 +84,11 @@ class Unit:
         degree: int,
         kv_bytes: int,
         slots: int,
+        ahead: int,
         finished: Callable[[Request], None],
     ) -> None:
-        """`models` with the rates that are expected here. `finished` is told of requests that are over."""
+        """`models` with the rates that are expected here. `ahead`: most requests of a model that wait here
+        and not in its queue. `finished` is told of requests that are over."""
         self.policy = policy
         self.executor = Executor(costs, degree)
         self.total = kv_bytes // BLOCK_BYTES
@@ -102,6 +101,7 @@ class Unit:
         """Tokens sampled."""
         self.decisions = 0
         self.preemptions = 0
+        self._ahead = ahead
         self._finished = finished
         self._by_number: dict[int, Request] = {}
         self._quotas: dict[str, int] = {}
@@ -115,7 +115,7 @@ class Unit:
     def room(self, model: str) -> int:
         """Requests of `model` to pull from its queue now, as in the scheduler."""
         books = self.models[model]
-        return max(SCHEDULED_AHEAD, books.slots) - (len(books.waiting) + len(books.running) - books.open)
+        return self._ahead - (len(books.waiting) + len(books.running) - books.open)
 
     def deliver(self, request: Request) -> None:
         """A request from the queue."""

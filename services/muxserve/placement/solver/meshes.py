@@ -7,7 +7,8 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -60,26 +61,30 @@ def admits(kind: Kind, name: str, workload: Workload) -> bool:
     return name not in workload.constraints.pin or name in kind.pinned
 
 
-def groups(all_kinds: Sequence[Kind], sizes: Sequence[int], most: int) -> Iterator[Group]:
-    """Every mesh group of the cluster, once, as long as meshes of one size and kind are at most `most`: more
-    than there are models are of no use to an algorithm without replicas."""
-    cuts = [list(_cuts(kind, sorted(sizes, reverse=True), most)) for kind in all_kinds]
-    for combination in product(*cuts):
-        yield tuple(
-            Mesh(k, size)
-            for k, counts in enumerate(combination)
-            for size, count in counts
-            for _ in range(count)
-        )
+Cut = tuple[tuple[int, int], ...]
+"""((size, count), …) of the meshes of one kind, largest first."""
 
 
-def _cuts(kind: Kind, sizes: Sequence[int], most: int) -> Iterator[tuple[tuple[int, int], ...]]:
+def cuts(all_kinds: Sequence[Kind], sizes: Sequence[int], most: int) -> Iterator[tuple[Cut, ...]]:
+    """Every way to cut the cluster, once, a `Cut` for each kind, as long as meshes of one size and kind
+    are at most `most`: more than there are models are of no use to an algorithm without replicas."""
+    return product(*(list(_cuts(kind, sorted(sizes, reverse=True), most)) for kind in all_kinds))
+
+
+def group(cut: Sequence[Cut]) -> Group:
+    """The meshes of a cut."""
+    return tuple(
+        Mesh(k, size) for k, counts in enumerate(cut) for size, count in counts for _ in range(count)
+    )
+
+
+def _cuts(kind: Kind, sizes: Sequence[int], most: int) -> Iterator[Cut]:
     """((size, count), …), largest first, of one kind; the smallest size takes what is left."""
     if not sizes:
         yield ()
         return
 
-    def extend(left: tuple[int, ...], rest: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+    def extend(left: tuple[int, ...], rest: Sequence[int]) -> Iterator[Cut]:
         """`left`: free GPUs of each node."""
         size = rest[0]
         room = sum(free // size for free in left)
@@ -101,6 +106,17 @@ def _take(left: tuple[int, ...], size: int, count: int) -> tuple[int, ...]:
         remaining[node] -= take * size
         count -= take
     return tuple(remaining)
+
+
+def fits(kind: Kind, sizes: Iterable[int]) -> bool:
+    """Whether meshes of these sizes fit nodes of this kind."""
+    counts = Counter(sizes)
+    left = (kind.gpus,) * len(kind.nodes)
+    for size in sorted(counts, reverse=True):
+        if counts[size] > sum(free // size for free in left):
+            return False
+        left = _take(left, size, counts[size])
+    return True
 
 
 def settle(units: Sequence[tuple[Mesh, Sequence[Placed]]], all_kinds: Sequence[Kind]) -> Placement:

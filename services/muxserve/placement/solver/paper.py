@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from muxserve.placement.solver.cost import CostModel
 from muxserve.placement.solver.equations import Member, throughput
-from muxserve.placement.solver.meshes import Group, Kind, Mesh, admits, groups, kinds, settle, sizes_for
+from muxserve.placement.solver.meshes import Group, Kind, Mesh, admits, cuts, group, kinds, settle, sizes_for
 from muxserve.placement.solver.placement import Placed, Placement, disjoint
 from muxserve.placement.solver.workload import Model, Workload
 
-MOST_GROUPS = 3000
+MOST_GROUPS = 2000
 """Mesh groups that are looked at; of more, as many evenly spaced ones."""
+MOST_TRIALS = 1_000_000
+"""Bound on groups times models squared, which time grows with: with many models fewer groups are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +115,17 @@ def paper(workload: Workload, costs: CostModel) -> Placement:
     filler = _Filler(workload, costs, all_kinds)
     models = sorted(workload.models, key=computation, reverse=True)
     best: tuple[float, list[_Filling]] | None = None
-    every = list(groups(all_kinds, sizes_for(workload), len(models)))
-    step = max(1, -(-len(every) // MOST_GROUPS))
-    for group in every[::step]:
-        group = _spared(group, workload, all_kinds)
-        served, meshes = filler.fill(group, models)
+    every = list(cuts(all_kinds, sizes_for(workload), len(models)))
+    most = max(20, min(MOST_GROUPS, MOST_TRIALS // len(models) ** 2))
+    for cut in every[:: max(1, -(-len(every) // most))]:
+        served, meshes = filler.fill(_spared(group(cut), workload), models)
         if best is None or served > best[0]:
             best = (served, meshes)
     assert best is not None, "there is always a group"
     return settle([(filling.mesh, _placed(filling.members)) for filling in best[1]], all_kinds)
 
 
-def _spared(group: Group, workload: Workload, all_kinds: Sequence[Kind]) -> Group:
+def _spared(group: Group, workload: Workload) -> Group:
     """The group without its last meshes, so that the GPUs that are to be spared are."""
     over = sum(mesh.size for mesh in group) - (workload.gpus - workload.constraints.spare_gpus)
     left = list(group)

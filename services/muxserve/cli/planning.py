@@ -1,0 +1,56 @@
+"""The commands that plan: place and simulate. They need files and no deployment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Workload = Annotated[
+    Path, typer.Option(help="YAML: cluster, models with rates, mean lengths (docs/placement.md).")
+]
+Cost = Annotated[Path, typer.Option(help="JSON table of job times, as `muxserve profile` writes it.")]
+Format = Annotated[Literal["table", "json"], typer.Option(help="What to print.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a picture there (PNG, PDF or SVG).")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    app.command()(place)
+    app.command()(simulate)
+
+
+def place(
+    workload: Workload,
+    cost: Cost,
+    algorithm: Annotated[
+        Literal["paper", "greedy", "spatial", "best"], typer.Option(help="How to place.")
+    ] = "best",
+    time_limit: Annotated[float, typer.Option(help="Seconds that best may take.", min=2)] = 90.0,
+    format: Format = "table",
+    plot: Plot = None,
+) -> None:
+    """Compute which models live together on which GPUs."""
+    from muxserve.cli import place as command
+
+    raise typer.Exit(command.run(workload, cost, algorithm, time_limit, format, plot))
+
+
+def simulate(
+    workload: Workload,
+    cost: Cost,
+    placement: Annotated[Path, typer.Option(help="JSON, as `muxserve place --format json` prints it.")],
+    policy: Annotated[str, typer.Option(help="Scheduling policy of every unit.")] = "adbs",
+    duration: Annotated[float, typer.Option(help="Seconds in which requests arrive.", min=1)] = 120.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = 0,
+    format: Format = "table",
+    plot: Plot = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Requests from JSON lines (time, model, prompt, output), not drawn.")
+    ] = None,
+) -> None:
+    """Simulate a placement under a workload: throughput, latencies, and how many requests meet their SLO."""
+    from muxserve.cli import simulate as command
+
+    raise typer.Exit(command.run(workload, cost, placement, policy, duration, seed, format, plot, trace))

@@ -1,0 +1,103 @@
+"""`best`: search with the closed-form estimator, then choose among the best few by simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from muxserve.placement.solver.baselines import greedy, spatial
+from muxserve.placement.solver.cost import CostModel
+from muxserve.placement.solver.meshes import Mesh
+from muxserve.placement.solver.objective import Objective, State, as_state
+from muxserve.placement.solver.paper import paper
+from muxserve.placement.solver.placement import Placement
+from muxserve.placement.solver.search import Found, anneal, climb, exhaustive
+from muxserve.placement.solver.workload import Workload
+
+Judge = Callable[[Sequence[Placement]], Sequence[float]]
+"""Says how good placements are, the larger the better: a simulation. The solver itself knows of none."""
+
+STARTS = 2
+"""Of the states that other algorithms lead to, those that are annealed from."""
+FINALISTS = 4
+"""States of its own that are judged, beside placements of baselines."""
+CLOSE = 0.25
+"""A baseline's placement is judged too if the estimator finds it worse by less than this part of the rate."""
+SEARCHING = 0.5
+"""Part of the time for the search, if there is a judge."""
+
+
+def best(
+    workload: Workload,
+    costs: CostModel,
+    time_limit: float,
+    clock: Callable[[], float],
+    judge: Judge | None = None,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda done: None,
+) -> Placement:
+    """A placement. `time_limit` in seconds of `clock`; `progress` is told the part of the search that has
+    passed.
+
+    Small instances are solved exactly, as far as the estimator goes.
+    """
+    objective = Objective(workload, costs)
+    began = clock()
+    searching = time_limit * (SEARCHING if judge else 0.9)
+    baselines = [algorithm(workload, costs) for algorithm in (spatial, paper, greedy)]
+    exact = exhaustive(objective)
+    if exact is not None:
+        found = [Found(objective.score(exact), exact)]
+    else:
+        found = _search(objective, baselines, searching - (clock() - began), clock, seed, progress)
+    finalists = [objective.placement(each.state) for each in _diverse(found)]
+    if judge is None:
+        return finalists[0]
+    close = objective.score(found[0].state) - CLOSE * workload.rate
+    rivals = [b for b in baselines if objective.score(as_state(b, objective)) >= close]
+    candidates = [finalists[0], *rivals, *finalists[1:]]
+    scores = judge(candidates)
+    return candidates[max(range(len(candidates)), key=lambda i: scores[i])]
+
+
+def _search(
+    objective: Objective,
+    baselines: Sequence[Placement],
+    seconds: float,
+    clock: Callable[[], float],
+    seed: int,
+    progress: Callable[[float], None],
+) -> list[Found]:
+    starts = [as_state(placement, objective) for placement in baselines]
+    starts.append(_empty(objective))
+    starts.sort(key=objective.score, reverse=True)
+    found: list[Found] = []
+    began = clock()
+    for number, start in enumerate(starts[:STARTS]):
+        begin, end = (began + seconds * n * 0.85 / STARTS for n in (number, number + 1))
+
+        def part(begin: float = begin, end: float = end) -> float:
+            now = clock()
+            progress(min(1.0, (now - began) / max(seconds, 1e-9)))
+            return (now - begin) / max(end - begin, 1e-9)
+
+        found += anneal(objective, start, part, seed + number)
+    found.sort(key=lambda each: -each.score)
+    left = began + seconds
+    top = climb(objective, found[0], lambda: 1.0 if clock() >= left else 0.0)
+    return [top, *found]
+
+
+def _empty(objective: Objective) -> State:
+    return tuple(
+        (Mesh(k, 1), frozenset()) for k, kind in enumerate(objective.kinds) for _ in range(kind.total)
+    )
+
+
+def _diverse(found: Sequence[Found]) -> list[Found]:
+    """The best, and others that are not the same but for the order of meshes."""
+    chosen: dict[frozenset[tuple[Mesh, frozenset[int]]], Found] = {}
+    for each in found:
+        chosen.setdefault(frozenset(each.state), each)
+        if len(chosen) == FINALISTS:
+            break
+    return list(chosen.values())
