@@ -254,5 +254,7 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+planning.register(app)
+
 if __name__ == "__main__":
     app()
