@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from muxserve.cli import planning
 from muxserve.cli.bench import bench
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 quota_app = typer.Typer(help="Show and set block quotas.", no_args_is_help=True)
 app.add_typer(quota_app, name="quota")
 app.command()(bench)
+planning.register(app)
 
 BAD_USAGE = 2
 
@@ -253,8 +255,6 @@ def fail(message: str, code: int) -> NoReturn:
         typer.echo(f"error: {line}", err=True)
     raise typer.Exit(code)
 
-
-planning.register(app)
 
 if __name__ == "__main__":
     app()
