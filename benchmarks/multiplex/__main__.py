@@ -32,6 +32,7 @@ from benchmarks.multiplex import trials
 from benchmarks.multiplex.measuring import Field
 from benchmarks.multiplex.pictures import plot_loads, plot_overload, plot_skew
 from benchmarks.multiplex.plan import CASES, FULL, MODELS, POLICIES, QUICK, Plan
+from benchmarks.multiplex.report import markdown
 from benchmarks.multiplex.skew import Skew, measure
 from benchmarks.multiplex.systems import VLLM, Ours, System, Vllm
 from muxserve.bench.report import as_json
@@ -58,8 +59,10 @@ class Benchmark:
         """All sections that were asked for. Raises ContenderFailed, CannotRun, Failed."""
         for section in self._options.only or (SECTIONS[:1] if self._options.quick else SECTIONS):
             raw = {"environment": machine.describe(), "plan": as_json(self._plan), "section": section}
+            others = machine.Others([os.getpid()])
             raw["measured"] = await getattr(self, f"_{section}")()
-            raw["environment"]["load_after"] = os.getloadavg()
+            raw["environment"] |= {"load_after": os.getloadavg(), "other_cores": others.cores()}
+            self.tell(f"{section}: others took {raw['environment']['other_cores']:.2f} cores meanwhile")
             raw["ratios"] = self.ratios
             if self._options.out is not None:
                 name = f"{section}-quick" if self._options.quick else section
@@ -183,6 +186,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--probe-seconds", type=float, help="of each rate of a search")
     parser.add_argument("--seed", type=int, help="(default: 7)")
     parser.add_argument("--out", type=Path, help=f"folder for raw JSON and plots, such as {RESULTS.name}/")
+    parser.add_argument("--render", type=Path, help="folder of earlier results: print its tables and end")
     parser.add_argument("--logs", type=Path, help="keep the services' logs there")
     return parser.parse_args()
 
@@ -206,6 +210,9 @@ def _plan(options: argparse.Namespace) -> Plan:
 def main() -> int:
     """Exit code 1 if somebody cannot take part."""
     options = _arguments()
+    if options.render:
+        print(markdown(options.render))
+        return 0
 
     async def run(folder: Path) -> dict[str, Any]:
         benchmark = Benchmark(options, _plan(options), folder)

@@ -131,6 +131,10 @@ class Field:
             self._tell(f"{name}: goodput {describe(goodput)}")
         return found
 
+    async def dismiss(self, names: Sequence[str]) -> None:
+        """End these systems: even idle they take some percent of a core."""
+        await asyncio.gather(*(self.systems.pop(name).close() for name in names))
+
     async def close(self) -> None:
         """End all systems."""
         await asyncio.gather(*(system.close() for system in self.systems.values()))

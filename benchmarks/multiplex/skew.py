@@ -38,11 +38,13 @@ class Skew:
         return next(cell.token_rate for cell in self.saturated if cell.system == system)
 
     def ratios(self) -> dict[str, float | None]:
-        """Ours over theirs; None where theirs is 0 or was not measured."""
+        """Ours over theirs; None where theirs is 0 or was not measured. Of one whom no rate suited that was
+        tried the lowest of those counts: the ratio is at least that."""
         found: dict[str, float | None] = {}
-        for name in self.goodputs:
+        for name, theirs in self.goodputs.items():
             if name != self.ours:
-                found[f"goodput_vs_{name}"] = _over(self.goodputs[self.ours].rate, self.goodputs[name].rate)
+                rate = theirs.rate or theirs.below or 0.0
+                found[f"goodput_vs_{name}"] = _over(self.goodputs[self.ours].rate, rate)
         rivals = [cell.token_rate for cell in self.saturated if cell.system not in (self.ours, VLLM)]
         found["throughput_vs_best"] = _over(self.throughput(self.ours), max(rivals, default=0.0))
         if VLLM in self.unloaded:
@@ -52,8 +54,8 @@ class Skew:
             )
         found["worst_model_attainment"] = self.worst_attainment(self.ours, 0.8)
         for name in self.goodputs:
-            if name != self.ours and (ours := self._tpot(self.ours)) and (theirs := self._tpot(name)):
-                found[f"p99_tpot_over_{name}"] = round(ours / theirs, 3)
+            if name != self.ours and (mine := self._tpot(self.ours)) and (other := self._tpot(name)):
+                found[f"p99_tpot_over_{name}"] = round(mine / other, 3)
         return found
 
     def worst_attainment(self, system: str, load: float) -> float | None:
@@ -116,6 +118,8 @@ async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
                 f"{name}: load {load:g} ({cell.rate:.2f} requests/s): {met:.1%} met their SLO, worst model "
                 f"{found.worst_attainment(name, load)}, P99 TTFT {cell.report.total.ttft.p99:.2f} s"
             )
+    if alpha == plan.alphas[-1]:
+        await field.dismiss([name for name in field.systems if name not in (*plan.searched, VLLM)])
     searched = [name for name in field.systems if name in plan.searched or name == VLLM]
     mean = mix.mean_output(plan.seed)
     starts = {name: max(SEARCH_FROM * found.throughput(name) / mean, 0.05 * capacity) for name in searched}
