@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from muxserve.placement.solver.alone import alone
 from muxserve.placement.solver.cost import CostModel
-from muxserve.placement.solver.placement import Placement, kv_needed, kv_room
-from muxserve.placement.solver.workload import Model, Workload
+from muxserve.placement.solver.placement import Placement
+from muxserve.placement.solver.workload import Workload
 from muxserve.sim.cluster import Outcome
 from muxserve.sim.requests import Request
 
@@ -118,14 +119,14 @@ class Report:
 def report(outcome: Outcome, placement: Placement, workload: Workload, costs: CostModel) -> Report:
     """Work it out."""
     start = min(WARM_UP, outcome.duration / 5)
-    alone = {model.name: unloaded(model, workload, costs) for model in workload.models}
+    unloaded = {model.name: alone(model, workload, costs) for model in workload.models}
     by_model: dict[str, list[Request]] = {model.name: [] for model in workload.models}
     for request in outcome.requests:
         by_model[request.model].append(request)
     window = (start, outcome.duration)
     return Report(
-        total=_report(outcome.requests, window, alone),
-        models={name: _report(requests, window, alone) for name, requests in by_model.items()},
+        total=_report(outcome.requests, window, unloaded),
+        models={name: _report(requests, window, unloaded) for name, requests in by_model.items()},
         gpus=placement.gpus,
         utilisation=[busy / max(outcome.ended, 1e-9) for busy in outcome.busy],
         preemptions=outcome.preemptions,
@@ -133,38 +134,17 @@ def report(outcome: Outcome, placement: Placement, workload: Workload, costs: Co
     )
 
 
-def unloaded(model: Model, workload: Workload, costs: CostModel) -> Callable[[int, int], float]:
-    """Seconds that a request of (prompt, output) tokens takes alone on the smallest mesh that its model fits;
-    infinity if there is none."""
-    usable = max(node.usable_bytes for node in workload.nodes)
-    shape = model.shape
-    fitting = [
-        degree
-        for degree in costs.degrees(model.model, shape)
-        if kv_room(usable, degree, [shape.weight_bytes]) >= kv_needed([shape.kv_bytes])
-    ]
-    if not fitting:
-        return lambda prompt, output: float("inf")
-    degree = fitting[0]
-
-    def seconds(prompt: int, output: int) -> float:
-        step = costs.decode(model.model, degree, 1.0, 1, prompt + output / 2)
-        return costs.prefill(model.model, degree, 1.0, 1, prompt) + (output - 1) * step
-
-    return seconds
-
-
 def _report(
     requests: Sequence[Request],
     window: tuple[float, float],
-    alone: Mapping[str, Callable[[int, int], float]],
+    unloaded: Mapping[str, Callable[[float, float], float]],
 ) -> ModelReport:
     start, end = window
     seconds = max(end - start, 1e-9)
     arrived = [r for r in requests if start <= r.arrival <= end]
     finished = [r for r in requests if start <= r.finish <= end]
     served = [r for r in arrived if r.finish >= 0]
-    ratios = sorted((r.finish - r.arrival) / alone[r.model](r.prompt, r.output) for r in served)
+    ratios = sorted((r.finish - r.arrival) / unloaded[r.model](r.prompt, r.output) for r in served)
     return ModelReport(
         requests=len(arrived),
         rate=len(arrived) / seconds,

@@ -214,18 +214,22 @@ class _Unit:
         return max(longer, turn), prefill
 
 
-def value(headroom: float) -> float:
-    """What a request per second is worth on a unit with that headroom, 0 to 1.
+def value(headroom: float, ratio: float) -> float:
+    """What a request per second is worth on a unit with that headroom, 0 to 1, if it takes `ratio` times as
+    long there as alone.
 
-    Mostly that it is served; then that it is served in time, for which a unit needs headroom, as load comes in
-    bursts; then, a little, that there is more of it than that.
+    Mostly that it is served; then that it is served in time, for which a unit needs headroom, as load comes
+    in bursts, and turns that are not too long; then, a little, that there is more of both than that.
     """
     if headroom <= 0:
         return 0.0
-    in_time = 1 / (1 + math.exp(-(headroom - IN_TIME) / STEEPNESS))
-    return 0.7 * min(1.0, headroom) + 0.25 * in_time + 0.05 * (1 - math.exp(-headroom))
+    room = 1 / (1 + math.exp(-(headroom - ENOUGH) / 0.04))
+    pace = 1 / (1 + math.exp((ratio - SLOW) / 0.5))
+    more = 0.03 * (1 - math.exp(-headroom)) + 0.02 * math.exp(-ratio / 4)
+    return 0.65 * min(1.0, headroom) + 0.3 * room * pace + more
 
 
-IN_TIME = 1.08
-"""Headroom at which half of the requests meet an SLO of eight times their latency alone."""
-STEEPNESS = 0.04
+ENOUGH = 1.1
+"""Headroom with which half of the requests meet an SLO of eight times their latency alone."""
+SLOW = 5.0
+"""Latency, in multiples of that alone, with which half of them do: they spread around the mean."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 
+from muxserve.placement.solver.alone import alone
 from muxserve.placement.solver.capacity import Estimator, Forecast, Load, value
 from muxserve.placement.solver.cost import CostModel
 from muxserve.placement.solver.meshes import Kind, Mesh, admits, kinds, settle
@@ -25,6 +26,10 @@ HUNGER = 6.0
 """What that costs at worst, in rates of the mean model: more than serving any one of them gains."""
 
 
+UNEVEN = 1.3
+"""By what a token takes longer than a turn where models take turns: prompts that end cut turns short."""
+
+
 class Objective:
     """Scores states: requests per second that are served, and served in time, and that of the mean model.
 
@@ -40,8 +45,9 @@ class Objective:
         index = {m.name: i for i, m in enumerate(self.models)}
         self._apart = {frozenset((index[a], index[b])) for a, b in workload.constraints.apart}
         self._usual = workload.rate / max(1, len(self.models))
+        self._alone = [alone(m, workload, costs)(m.prompt_tokens, m.output_tokens) for m in self.models]
         self._forecasts: dict[tuple[int, int, tuple[tuple[int, int], ...]], Forecast] = {}
-        self._values: dict[tuple[int, int, tuple[tuple[int, int], ...]], float] = {}
+        self._worths: dict[tuple[int, int, tuple[tuple[int, int], ...]], list[float]] = {}
 
     @property
     def budget(self) -> int:
@@ -75,8 +81,7 @@ class Objective:
         for mesh, models in state:
             if models:
                 members = tuple((i, replicas[i]) for i in sorted(models))
-                each = self._value(mesh, members)
-                for i, count in members:
+                for (i, count), each in zip(members, self._worth(mesh, members), strict=True):
                     worth[i] += each / count
         if sum(mesh.size for mesh, models in state if models) > self.budget:
             return float("-inf")
@@ -84,10 +89,16 @@ class Objective:
         starving = sum(max(0.0, 1 - w / STARVED) for w in worth)
         return rates + self._usual * (FAIRNESS * sum(worth) - HUNGER * starving)
 
-    def _value(self, mesh: Mesh, members: tuple[tuple[int, int], ...]) -> float:
+    def _worth(self, mesh: Mesh, members: tuple[tuple[int, int], ...]) -> list[float]:
+        """Of a request of each member."""
         key = (mesh.size, mesh.kind, members)
-        if (known := self._values.get(key)) is None:
-            known = self._values[key] = value(self.forecast(mesh, members).headroom)
+        if (known := self._worths.get(key)) is None:
+            forecast = self.forecast(mesh, members)
+            pace = forecast.turn * (UNEVEN if len(members) > 1 else 1.0)
+            known = self._worths[key] = [
+                value(forecast.headroom, self.models[i].output_tokens * pace / self._alone[i])
+                for i, _ in members
+            ]
         return known
 
     def placement(self, state: State) -> Placement:
