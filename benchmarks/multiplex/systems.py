@@ -170,6 +170,9 @@ class Vllm(System):
                         stderr=log,
                         env=environment,
                         cwd=ROOT,
+                        # A group of its own: should we be killed while it is stopped, it is orphaned then, and
+                        # the kernel ends it.
+                        process_group=0,
                     )
                 system._processes.append(process)
                 system.routes[model] = target(f"http://127.0.0.1:{port}")

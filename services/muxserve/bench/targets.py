@@ -23,6 +23,10 @@ from muxserve.client import (
 )
 
 
+KEEPALIVE = 2.0
+"""Seconds that an idle HTTP connection is kept."""
+
+
 class Refused(Exception):
     """The server would not take the request now."""
 
@@ -151,8 +155,10 @@ class OpenAI:
         """Made when it is first needed, because it belongs to the event loop that runs then."""
         if self._session is None:
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+            # Shorter than servers keep theirs open: else a request may meet a connection that is being closed.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE)
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(), headers=headers
+                connector=connector, timeout=aiohttp.ClientTimeout(), headers=headers
             )
         return self._session
 
