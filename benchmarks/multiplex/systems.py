@@ -170,8 +170,8 @@ class Vllm(System):
                         stderr=log,
                         env=environment,
                         cwd=ROOT,
-                        # A group of its own: should we be killed while it is stopped, it is orphaned then, and
-                        # the kernel ends it.
+                        # A group of its own: should we be killed while it is stopped, it is orphaned
+                        # then, and the kernel ends it.
                         process_group=0,
                     )
                 system._processes.append(process)

@@ -22,7 +22,6 @@ from muxserve.client import (
     Unavailable,
 )
 
-
 KEEPALIVE = 2.0
 """Seconds that an idle HTTP connection is kept."""
 
@@ -155,7 +154,7 @@ class OpenAI:
         """Made when it is first needed, because it belongs to the event loop that runs then."""
         if self._session is None:
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-            # Shorter than servers keep theirs open: else a request may meet a connection that is being closed.
+            # Shorter than servers keep theirs: else a request may meet a connection that is being closed.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE)
             self._session = aiohttp.ClientSession(
                 connector=connector, timeout=aiohttp.ClientTimeout(), headers=headers
