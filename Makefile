@@ -15,8 +15,8 @@ setup: ## Make .venv with all that the demo, the services and development need
 demo: setup ## Start everything, let two models answer at once, stop everything
 	$(BIN)/python -m muxserve.cli.demo
 
-test: setup ## Run the tests but for the slow ones
-	$(BIN)/pytest
+test: setup ## Run the tests but for the slow ones, two files at a time
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: setup ## Run the slow tests
 	$(BIN)/pytest -m slow

@@ -130,14 +130,23 @@ def test_without_cupy_or_a_device_the_refusal_says_what_is_missing() -> None:
         assert "muxserve[cuda]" in error.reason or "no CUDA device" in error.reason
 
 
-def test_modules_of_the_package_import_neither_torch_nor_cuda() -> None:
-    code = (
-        "import importlib, pkgutil, sys, muxserve.engine.cuda as p\n"
-        "for m in pkgutil.iter_modules(p.__path__): importlib.import_module(f'{p.__name__}.{m.name}')\n"
-        "print([m for m in ('torch', 'cupy', 'cuda') if m in sys.modules])"
-    )
+def imported_by(code: str) -> list[str]:
+    """Which of torch, CuPy and the CUDA bindings a process has in the end."""
+    code += "\nimport sys; print(*(m for m in ('torch', 'cupy', 'cuda') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.split()
+
+
+def test_every_module_of_the_package_can_be_imported_without_cuda() -> None:
+    every = (
+        "import importlib, pkgutil, muxserve.engine.cuda as p\n"
+        "for m in pkgutil.iter_modules(p.__path__): importlib.import_module(f'{p.__name__}.{m.name}')"
+    )
+    assert imported_by(every) == ["torch"]
+
+
+def test_a_worker_on_a_gpu_has_no_torch() -> None:
+    assert imported_by("import muxserve.worker.cuda_device, muxserve.worker.worker") == []
 
 
 ON_A_GPU = """
