@@ -49,12 +49,13 @@ def best(
         found = [Found(objective.score(exact), exact)]
     else:
         found = _search(objective, baselines, searching - (clock() - began), clock, seed, progress)
-    finalists = [objective.placement(each.state) for each in _diverse(found)]
+    first = objective.placement(found[0].state)
     if judge is None:
-        return finalists[0]
+        return first
     close = objective.score(found[0].state) - CLOSE * workload.rate
     rivals = [b for b in baselines if objective.score(as_state(b, objective)) >= close]
-    candidates = [finalists[0], *rivals, *finalists[1:]]
+    others = [objective.placement(each.state) for each in found[1 : 2 * FINALISTS]]
+    candidates = _distinct([first, *rivals, *others])[: len(rivals) + FINALISTS]
     scores = judge(candidates)
     return candidates[max(range(len(candidates)), key=lambda i: scores[i])]
 
@@ -93,11 +94,10 @@ def _empty(objective: Objective) -> State:
     )
 
 
-def _diverse(found: Sequence[Found]) -> list[Found]:
-    """The best, and others that are not the same but for the order of meshes."""
-    chosen: dict[frozenset[tuple[Mesh, frozenset[int]]], Found] = {}
-    for each in found:
-        chosen.setdefault(frozenset(each.state), each)
-        if len(chosen) == FINALISTS:
-            break
-    return list(chosen.values())
+def _distinct(placements: Sequence[Placement]) -> list[Placement]:
+    """Each once, and one of those that differ in which GPUs alike units have."""
+
+    def look(placement: Placement) -> tuple[object, ...]:
+        return tuple(sorted((len(unit.gpus), repr(unit.models)) for unit in placement.units))
+
+    return list({look(placement): placement for placement in reversed(placements)}.values())[::-1]

@@ -109,20 +109,25 @@ class _Filler:
 
 
 def paper(workload: Workload, costs: CostModel) -> Placement:
-    """Algorithm 1: for each mesh group, put models, most computation first, where F gains most; the group
-    with the largest Σ F is kept."""
+    """What Algorithm 1 leads to."""
+    _, units = algorithm_1(workload, costs)
+    return settle([(mesh, _placed(members)) for mesh, members in units], kinds(workload))
+
+
+def algorithm_1(workload: Workload, costs: CostModel) -> tuple[float, list[tuple[Mesh, tuple[Member, ...]]]]:
+    """For each mesh group, put models, most computation first, where F gains most; the group with the largest
+    Σ F is kept. Returns that, and the models of each mesh."""
     all_kinds = kinds(workload)
     filler = _Filler(workload, costs, all_kinds)
     models = sorted(workload.models, key=computation, reverse=True)
-    best: tuple[float, list[_Filling]] | None = None
     every = list(cuts(all_kinds, sizes_for(workload), len(models)))
     most = max(20, min(MOST_GROUPS, MOST_TRIALS // len(models) ** 2))
+    best: tuple[float, list[_Filling]] = (-1.0, [])
     for cut in every[:: max(1, -(-len(every) // most))]:
         served, meshes = filler.fill(_spared(group(cut), workload), models)
-        if best is None or served > best[0]:
+        if served > best[0]:
             best = (served, meshes)
-    assert best is not None, "there is always a group"
-    return settle([(filling.mesh, _placed(filling.members)) for filling in best[1]], all_kinds)
+    return best[0], [(filling.mesh, filling.members) for filling in best[1]]
 
 
 def _spared(group: Group, workload: Workload) -> Group:
