@@ -1,0 +1,89 @@
+"""The simulated executor: jobs take what the cost model says, and share the mesh with those beside them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+
+from muxserve.placement.solver.contention import Beside, bandwidth_use, slowdown
+from muxserve.placement.solver.shapes import SHAPES
+from muxserve.sim.executor import Executor, Work
+from tests.placement.solver.inputs import COSTS
+
+SHAPE = SHAPES["llama-7b"]
+
+
+def work(number: int, kind: Literal["prefill", "decode"], share: float = 0.5, steps: int = 1) -> Work:
+    return Work(number, kind, "m", "llama-7b", SHAPE, 4, 128, share, steps)
+
+
+def seconds(kind: str, share: float) -> float:
+    return (COSTS.prefill if kind == "prefill" else COSTS.decode)("llama-7b", 1, share, 4, 128)
+
+
+def run(executor: Executor) -> dict[int, float]:
+    """When each job has ended, in order."""
+    ended = {}
+    while (at := executor.next_end()) != float("inf"):
+        ended |= {w.number: at for w in executor.advance(at)}
+    return ended
+
+
+def test_a_job_alone_has_all_of_the_mesh() -> None:
+    executor = Executor(COSTS, 1)
+    executor.start(work(1, "decode", steps=10))
+    assert run(executor) == pytest.approx({1: 10 * seconds("decode", 1.0)})
+    assert executor.busy == pytest.approx(10 * seconds("decode", 1.0))
+
+
+def test_jobs_of_a_kind_run_one_after_the_other() -> None:
+    executor = Executor(COSTS, 1)
+    executor.start(work(1, "prefill"))
+    executor.start(work(2, "prefill"))
+    one = seconds("prefill", 1.0)
+    assert run(executor) == pytest.approx({1: one, 2: 2 * one})
+
+
+def test_beside_another_kind_a_job_has_its_share_until_it_is_alone() -> None:
+    executor = Executor(COSTS, 1)
+    prefill, decode = work(1, "prefill"), work(2, "decode", steps=100)
+    executor.start(prefill)
+    executor.start(decode)
+    ended = run(executor)
+    both = slowdown(
+        *(Beside(0.5, bandwidth_use(SHAPE, 1, 4 * 128, seconds(kind, 0.5))) for kind in ("prefill", "decode"))
+    )
+    first = seconds("prefill", 0.5) * both
+    assert ended[1] == pytest.approx(first)
+    steps = first / (seconds("decode", 0.5) * both)
+    assert ended[2] == pytest.approx(first + (100 - steps) * seconds("decode", 1.0))
+    assert decode.beside == pytest.approx(first)
+
+
+def test_shares_that_overlap_take_turns_on_the_sms() -> None:
+    assert slowdown(Beside(0.7, 0.1), Beside(0.7, 0.1)) == pytest.approx(1.4)
+    assert slowdown(Beside(0.5, 0.8), Beside(0.5, 0.6)) == pytest.approx(1.4)
+    assert slowdown(Beside(0.3, 0.2), Beside(0.5, 0.6)) == 1.0
+
+
+def test_a_lease_ends_with_the_step_that_runs() -> None:
+    executor = Executor(COSTS, 1)
+    lease = work(1, "decode", steps=10)
+    executor.start(lease)
+    step = seconds("decode", 1.0)
+    executor.advance(2.5 * step)
+    executor.end_lease(lease)
+    assert run(executor) == pytest.approx({1: 3 * step})
+    assert round(lease.done) == 3
+
+
+def test_a_lease_that_has_not_begun_ends_without_a_step() -> None:
+    executor = Executor(COSTS, 1)
+    executor.start(work(1, "decode", steps=4))
+    executor.advance(0.001)
+    later = work(2, "decode", steps=4)
+    executor.start(later)
+    executor.end_lease(later)
+    assert list(run(executor)) == [1, 2]
+    assert later.done == 0
