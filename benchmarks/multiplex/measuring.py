@@ -84,7 +84,7 @@ class Field:
         system = self.systems[name]
         system.resume()
         try:
-            await settle(system)
+            await settle(system, self._plan.vocabulary)
             return await generator.run()
         finally:
             system.pause()
@@ -140,9 +140,9 @@ class Field:
         await asyncio.gather(*(system.close() for system in self.systems.values()))
 
 
-async def settle(system: System) -> None:
+async def settle(system: System, vocabulary: int) -> None:
     """A short request of every model, so that what ran before is over and nothing sleeps. Raises Failed."""
-    requests = [Request(0.0, model, (600,) * 8, 4) for model in system.routes]
+    requests = [Request(0.0, model, (vocabulary - 1,) * 8, 4) for model in system.routes]
     for outcome in (await Generator(requests, system.routes).run()).outcomes:
         if outcome.status is not Status.OK:
             raise Failed(f"{system.name}, {outcome.model}: {outcome.status}: {outcome.error}")

@@ -26,6 +26,8 @@ class Plan:
     scale: float = 0.1
     """Of ShareGPT's lengths: two cores are no A100."""
     context: int = 1024
+    vocabulary: int = 1000
+    """Prompts' token ids are below it."""
     slo_scale: float = 8.0
     arena: int = 512 * 2**20
     """Bytes of KV in all: of our arena, and of all peers together."""
@@ -43,6 +45,8 @@ class Plan:
     budget: float = float("inf")
     """After so long no probe is begun any more."""
     overload: float = 120.0
+    light: float = 20.0
+    """Of light load, before the overload and after it."""
     tenants: float = 60.0
     cases: float = 30.0
 
@@ -54,7 +58,8 @@ class Plan:
     def mix(self, alpha: float) -> Mix:
         """Traffic of all models, as skewed as that."""
         shares = popularity(MODELS, alpha)
-        return Mix(tuple(Stream(model, share, self.lengths) for model, share in shares.items()))
+        streams = tuple(Stream(model, share, self.lengths) for model, share in shares.items())
+        return Mix(streams, vocabulary=self.vocabulary)
 
 
 QUICK = Plan(
@@ -89,12 +94,11 @@ class Case:
     def mix(self, plan: Plan) -> Mix:
         """Traffic of as many models as there are rates."""
         base = plan.lengths
-        return Mix(
-            tuple(
-                Stream(model, rate, base.scaled(1.0, length))
-                for model, rate, length in zip(MODELS, self.rates, self.lengths, strict=False)
-            )
+        streams = tuple(
+            Stream(model, rate, base.scaled(1.0, length))
+            for model, rate, length in zip(MODELS, self.rates, self.lengths, strict=False)
         )
+        return Mix(streams, vocabulary=plan.vocabulary)
 
 
 CASES = (

@@ -22,7 +22,6 @@ TIMES = 3.0
 """Capacity: of the overload."""
 LIGHT = 0.3
 """Of capacity: before and after the overload."""
-LIGHT_SECONDS = 20.0
 RECOVERY = 5.0
 """Seconds after which service is to be as before."""
 TENANTS = ("a", "b", "c", "greedy")
@@ -59,9 +58,9 @@ async def overload(field: Field, plan: Plan, tell: Tell) -> dict[str, Any]:
     await field.calibrate(mix)
     slo = field.slo(field.ours, mix)
     limit = await capacity(field, mix, plan)
-    light = mix.poisson(LIGHT * limit, LIGHT_SECONDS, plan.seed)
+    light = mix.poisson(LIGHT * limit, plan.light, plan.seed)
     flood = mix.poisson(TIMES * limit, plan.overload, plan.seed + 1)
-    begin, end = LIGHT_SECONDS, LIGHT_SECONDS + plan.overload
+    begin, end = plan.light, plan.light + plan.overload
     requests = merge(light, shifted(flood, begin), shifted(light, end + RECOVERY))
     memory: list[tuple[float, int]] = []
     sampling = asyncio.create_task(_sample(field, memory))
@@ -74,7 +73,7 @@ async def overload(field: Field, plan: Plan, tell: Tell) -> dict[str, Any]:
     during = report(run, begin, end, slo)
     before, after = (
         report(run, 0, begin, slo),
-        report(run, end + RECOVERY, end + RECOVERY + LIGHT_SECONDS, slo),
+        report(run, end + RECOVERY, end + RECOVERY + plan.light, slo),
     )
     refused = [one for one in run.outcomes if one.status is Status.REFUSED]
     admitted = [one for one in _arrived(run, begin, end) if one.status is not Status.REFUSED]
