@@ -24,7 +24,7 @@ def seconds(kind: str, share: float) -> float:
 
 def run(executor: Executor) -> dict[int, float]:
     """When each job has ended, in order."""
-    ended = {}
+    ended: dict[int, float] = {}
     while (at := executor.next_end()) != float("inf"):
         ended |= {w.number: at for w in executor.advance(at)}
     return ended
