@@ -1,4 +1,5 @@
-"""The commands that plan: place and simulate. They need files and no deployment."""
+"""The commands that plan: place and simulate, which need files and no deployment, and profile, which makes
+one of those files."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
     app.command()(place)
     app.command()(simulate)
+    app.command()(profile)
 
 
 def place(
@@ -54,3 +56,20 @@ def simulate(
     from muxserve.cli import simulate as command
 
     raise typer.Exit(command.run(workload, cost, placement, policy, duration, seed, format, plot, trace))
+
+
+def profile(
+    output: Annotated[Path, typer.Option(help="Where the table is written.")],
+    model: Annotated[list[str] | None, typer.Option(help="Model; repeatable. Default: all.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeatable.", min=1)] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of a prompt; repeatable.", min=1)] = None,
+    repeat: Annotated[int, typer.Option(help="Measurements of each, of which the median counts.", min=1)] = 3,
+    address: Annotated[
+        str, typer.Option(envvar="MUXSERVE_ADDRESS", help="host:port of the gateway.")
+    ] = "127.0.0.1:8600",
+) -> None:
+    """Measure the job times of a running deployment that has nothing else to do, for place and simulate."""
+    from muxserve.cli import profile as command
+
+    batches, lengths = batch or [1, 2, 4, 8, 16, 32], length or [32, 128, 512]
+    raise typer.Exit(command.run(address, model or [], batches, lengths, repeat, output))

@@ -1,0 +1,1 @@
+"""Placement algorithms beside each other, and predicted costs beside measured ones."""
