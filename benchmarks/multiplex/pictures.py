@@ -44,7 +44,7 @@ def plot_skew(measured: Sequence[Skew], path: Path) -> None:
     for each in axes:
         each.set_xticks(places, [f"alpha {skew.alpha:g}" for skew in measured])
         each.grid(alpha=0.3, axis="y")
-    axes[1].legend(fontsize="small")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     _save(figure, path)
 
 
@@ -70,7 +70,7 @@ def plot_loads(skew: Skew, path: Path) -> None:
     for each in axes:
         each.set_xlabel("load, parts of " + skew.ours + "'s saturated throughput")
         each.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     _save(figure, path)
 
 

@@ -28,6 +28,9 @@ def plot(run: Run, result: Report, slo: Slo | None, path: Path) -> None:
         _distribution(axes[0][1], [one.latency for one in group], name)
     axes[0][0].set(title="time to first token", xlabel="seconds", ylabel="part of answers", xscale="log")
     axes[0][1].set(title="end to end", xlabel="seconds", ylabel="part of answers", xscale="log")
+    for each in axes[0]:
+        each.xaxis.set_major_formatter("{x:g}")
+        each.xaxis.set_minor_formatter("")
     if slo is not None:
         _attainment(axes[1][0], run, slo)
     else:
