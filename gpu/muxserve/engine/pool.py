@@ -222,10 +222,14 @@ class BlockPool:
             if self._prefixes.published[head]:
                 self._prefixes.withdraw(head)
 
+    def references(self, head: int) -> int:
+        """Holders of the group that begins with block `head`; 0 where none does."""
+        return int(self._groups.references[head])
+
     def private(self, head: int) -> bool:
         """Whether the group that begins with block `head` has one holder and is not in the index: whether
         that holder may write to it."""
-        return bool(self._groups.references[head] == 1 and not self._prefixes.published[head])
+        return bool(self.references(head) == 1 and not self._prefixes.published[head])
 
     def lookup(self, model: str, hashes: Sequence[Hashable], *, borrow: bool = False) -> BlockIds:
         """The groups of the longest known prefix of `hashes`, with a reference to each for the caller.

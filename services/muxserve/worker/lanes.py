@@ -202,8 +202,9 @@ class Lane:
             book = running.owner.book
             for sequence in running.plan.sequences.values():
                 sequence.tainted = True
-            book.close(sequence.number for sequence in running.plan.sequences.values())
-            book.close(chunk.sequence for chunk in running.plan.later)
+            # All of the order's, those that were refused or whose turn had not come, too: their scheduler
+            # takes them for lost.
+            book.close(running.order.sequences)
         self._release(running)
         self._tell_end(
             running.owner, running.order, running.plan, outcome, running.steps, running.seconds, error
