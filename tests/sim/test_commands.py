@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-
 from typer.testing import CliRunner, Result
 
 from muxserve.cli.main import app
