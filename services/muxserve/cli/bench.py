@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -87,8 +87,11 @@ def bench(
 
     Arrivals wait for no answer, and every latency counts from the moment at which the request was due.
     """
-    from muxserve.bench import command
-    from muxserve.bench.workload import SHAREGPT_OUTPUT, SHAREGPT_PROMPT, Lengths
+    try:
+        from muxserve.bench import command
+        from muxserve.bench.workload import SHAREGPT_OUTPUT, SHAREGPT_PROMPT, Lengths
+    except ImportError as error:
+        _refuse(f"{error.name} is not installed: pip install 'muxserve[bench]'")
 
     positive = {
         "--rate": rate,
@@ -156,6 +159,6 @@ def _tenants(given: list[str]) -> dict[str, float]:
     return found or {"": 1.0}
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(BAD_USAGE)
