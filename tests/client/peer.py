@@ -226,6 +226,8 @@ STATUS = admin_pb2.GetStatusResponse(
                         quota_blocks=10,
                         borrowed_blocks=85,
                         peak_blocks=120,
+                        prefix_query_tokens=640,
+                        prefix_hit_tokens=512,
                         cached_blocks=5,
                     )
                 ],

@@ -26,6 +26,7 @@ def test_status_puts_scheduler_and_worker_side_by_side(admin: Any) -> None:
     assert (a.model, a.unit, a.state) == ("a", "unit-0", ModelState.READY)
     assert (a.running, a.waiting, a.preemptions, a.generated_tokens) == (3, 2, 1, 99)
     assert (a.held_blocks, a.quota_blocks, a.borrowed_blocks, a.peak_blocks) == (95, 10, 85, 120)
+    assert (a.cached_blocks, a.prefix_query_tokens, a.prefix_hit_tokens) == (5, 640, 512)
     assert (b.model, b.state, b.running, b.held_blocks) == ("b", ModelState.LOADING, 0, 0)
     (unit,) = status.units
     assert (unit.connected, unit.policy, unit.prefill_jobs, unit.decode_jobs) == (True, "adbs", 7, 8)

@@ -229,12 +229,23 @@ class PoolMachine(RuleBasedStateMachine):
         assert np.array_equal(found, expected.ids())
         return expected
 
+    @rule(sequence=sequences)
+    def withdraw(self, sequence: Sequence) -> None:
+        if sequence.groups:
+            self.pool.withdraw(sequence.model, sequence.ids())
+        for group in sequence.groups:
+            group.span_hash = None
+
     @invariant()
     def books_balance(self) -> None:
         self.pool.check_integrity()
         assert self.pool.free_blocks == len(self.free)
         assert self.pool.available_blocks == self.available()
         assert self.pool.models == tuple(self.quota)
+        for group in self.groups:
+            assert self.pool.references(group.blocks[0]) == group.references
+            alone = group.references == 1 and group.span_hash is None
+            assert self.pool.private(group.blocks[0]) == alone
         for model, quota in self.quota.items():
             use = self.pool.use(model)
             assert use.held == self.held(model)

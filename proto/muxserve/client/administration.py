@@ -171,6 +171,9 @@ def _unit(
                 preemptions=counts.preemptions,
                 generated_tokens=counts.generated_tokens,
                 prefill_tokens=counts.prefill_tokens,
+                cached_blocks=blocks.cached_blocks,
+                prefix_query_tokens=blocks.prefix_query_tokens,
+                prefix_hit_tokens=blocks.prefix_hit_tokens,
             )
         )
     return UnitStatus(

@@ -105,6 +105,13 @@ class ModelStatus:
     preemptions: int
     generated_tokens: int
     prefill_tokens: int
+    """Prompt tokens computed; those that the prefix cache had are not among them."""
+    cached_blocks: int
+    """Held by no sequence but caching its prefixes."""
+    prefix_query_tokens: int
+    """Tokens of the prompts for which the prefix cache was asked, since the model was loaded."""
+    prefix_hit_tokens: int
+    """How many of them it had."""
 
 
 @dataclass(frozen=True, slots=True)

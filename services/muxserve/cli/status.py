@@ -89,8 +89,11 @@ def _model(unit: str, worker: str, placed: PlacedModel, live: ModelStatus | None
         "quota_blocks": live.quota_blocks if live else 0,
         "blocks_borrowed": live.borrowed_blocks if live else 0,
         "blocks_peak": live.peak_blocks if live else 0,
+        "blocks_cached": live.cached_blocks if live else 0,
         "generated_tokens": live.generated_tokens if live else 0,
         "prefill_tokens": live.prefill_tokens if live else 0,
+        "prefix_query_tokens": live.prefix_query_tokens if live else 0,
+        "prefix_hit_tokens": live.prefix_hit_tokens if live else 0,
         "preemptions": live.preemptions if live else 0,
     }
 
@@ -109,6 +112,7 @@ def _print(status: dict[str, Any]) -> None:
         "quota": "quota_blocks",
         "borrowed": "blocks_borrowed",
         "peak": "blocks_peak",
+        "cached": "blocks_cached",
         "tokens": "generated_tokens",
         "preempted": "preemptions",
     }
