@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -225,10 +224,6 @@ def main() -> int:
     try:
         if options.peer_python:
             check_peers((VLLM,), options.peer_python)
-        with suppress(ImportError):
-            import uvloop
-
-            uvloop.install()
         with TemporaryDirectory(prefix="muxserve-benchmark-") as scratch:
             ratios = asyncio.run(run(options.logs or Path(scratch)))
     except (ContenderFailed, CannotRun, Failed) as error:

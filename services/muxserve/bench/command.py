@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from rich.console import Console
 
 from muxserve.bench.generator import Generator, Limits, Run
@@ -265,11 +265,7 @@ def run(options: BenchOptions) -> int:
             await bench.close()
 
     try:
-        with suppress(ImportError):
-            import uvloop
-
-            uvloop.install()
-        raw = asyncio.run(main())
+        raw = uvloop.run(main())
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(raw) + "\n", encoding="utf-8")
