@@ -139,6 +139,15 @@ def test_what_cannot_be_read_is_told_in_a_line(inputs: list[str], tmp_path: Path
     assert call("simulate", *inputs, "--placement", str(tmp_path / "absent")).exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["p.txt", "absent/p.png"])
+def test_a_picture_that_cannot_be_written_is_refused_at_once(
+    inputs: list[str], tmp_path: Path, name: str
+) -> None:
+    result = call("place", *inputs, "--plot", str(tmp_path / name))
+    assert result.exit_code == 2
+    assert result.output.startswith("error: --plot: ")
+
+
 def test_a_deployment_is_profiled(tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "model")
     table = tmp_path / "table.json"

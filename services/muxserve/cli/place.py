@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from muxserve.cli.placement_plots import obstacle, plot_placement
 from muxserve.cli.tables import print_table
 from muxserve.placement.solver.baselines import greedy, spatial
 from muxserve.placement.solver.best import best
@@ -47,6 +48,9 @@ def run(
     workload_path: Path, cost_path: Path, algorithm: str, time_limit: float, form: str, plot: Path | None
 ) -> int:
     """Print the placement; the exit code."""
+    if problem := obstacle(plot):
+        typer.echo(f"error: {problem}", err=True)
+        return BAD_USAGE
     workload, costs = read_inputs(workload_path, cost_path)
     began = time.monotonic()
     placement = compute(workload, costs, algorithm, time_limit)
@@ -60,8 +64,6 @@ def run(
     estimate |= {"algorithm": algorithm, "seconds": round(time.monotonic() - began, 3)}
     placement = replace(placement, estimate=estimate)
     if plot is not None:
-        from muxserve.cli.placement_plots import plot_placement
-
         plot_placement(placement, workload, plot)
     if form == "json":
         typer.echo(json.dumps(placement.as_object(), indent=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,19 @@ from muxserve.sim.report import SCALES, SLO_SCALE, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def obstacle(path: Path | None) -> str:
+    """Why no picture can be written there, or nothing; known before anything is computed."""
+    if path is None:
+        return ""
+    if path.suffix.lower() not in SUFFIXES:
+        return f"--plot: {path} does not end in {', '.join(SUFFIXES)}"
+    if not path.absolute().parent.is_dir():
+        return f"--plot: no directory {path.absolute().parent}"
+    return "" if find_spec("matplotlib") else "--plot: needs matplotlib: pip install muxserve[bench]"
 
 
 def plot_placement(placement: Placement, workload: Workload, path: Path) -> None:

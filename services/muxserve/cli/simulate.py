@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from muxserve.cli.place import BAD_USAGE, read_inputs
+from muxserve.cli.placement_plots import obstacle, plot_report
 from muxserve.cli.tables import print_table
 from muxserve.placement.solver.placement import InvalidPlacement, parse_placement
 from muxserve.scheduler.policy import POLICIES
@@ -33,6 +34,8 @@ def run(
     """Print the report; the exit code."""
     if policy not in POLICIES:
         return _wrong(f'--policy: no policy named "{policy}"; there are {", ".join(sorted(POLICIES))}')
+    if problem := obstacle(plot):
+        return _wrong(problem)
     workload, costs = read_inputs(workload_path, cost_path)
     try:
         placement = parse_placement(placement_path.read_text())
@@ -56,8 +59,6 @@ def run(
         )
     result = report(outcome, placement, workload, costs)
     if plot is not None:
-        from muxserve.cli.placement_plots import plot_report
-
         plot_report(result, plot)
     if form == "json":
         head = {"policy": policy, "duration": duration, "seed": seed}
