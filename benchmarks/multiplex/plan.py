@@ -69,9 +69,9 @@ QUICK = Plan(
     saturation=8.0,
     probe=12.0,
     cell=15.0,
-    probes=5,
-    resolution=1.12,
-    repeats=2,
+    probes=7,
+    resolution=1.1,
+    repeats=3,
     budget=410.0,
 )
 """Ends within eight minutes, peers' start included."""

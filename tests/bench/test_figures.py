@@ -139,6 +139,7 @@ def test_a_goodput_says_how_sure_it_is() -> None:
     found = Goodput(4.0, 5.0, (Probe(4.0, 200, 1, True), Probe(5.0, 250, 3, False)))
     line = describe(found)
     assert "4.00 requests/s (fails at 5.00)" in line and "1 of 200 missed" in line and "interval" in line
+    assert "unknown" in describe(Goodput(0.0, None, ()))
     assert "below 2.00" in describe(Goodput(0.0, 2.0, (Probe(2.0, 9, 1, False),)))
 
 

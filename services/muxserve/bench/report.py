@@ -142,8 +142,9 @@ def show(result: Report, slo: Slo | None, console: Console) -> None:
 def describe(goodput: Goodput, unit: str = "requests/s") -> str:
     """One line that says how sure the figure is."""
     if goodput.rate == 0:
-        lowest = goodput.below if goodput.below is not None else math.nan
-        return f"below {lowest:.2f} {unit}: no rate that was tried passed"
+        if goodput.below is None:
+            return "unknown: there was no time to try a rate"
+        return f"below {goodput.below:.2f} {unit}: no rate that was tried passed"
     best = max((probe for probe in goodput.probes if probe.passed and probe.rate == goodput.rate), key=_size)
     low, high = wilson(best.requests - best.missed, best.requests)
     upper = f"fails at {goodput.below:.2f}" if goodput.below is not None else "no rate failed"
