@@ -20,6 +20,8 @@ STARTS = 2
 """Of the states that other algorithms lead to, those that are annealed from."""
 FINALISTS = 4
 """States of its own that are judged, beside placements of baselines."""
+LARGE = 20_000
+"""Models times GPUs beyond which Algorithm 1 takes too long to start from."""
 CLOSE = 0.25
 """A baseline's placement is judged too if the estimator finds it worse by less than this part of the rate."""
 SEARCHING = 0.5
@@ -43,7 +45,8 @@ def best(
     objective = Objective(workload, costs)
     began = clock()
     searching = time_limit * (SEARCHING if judge else 0.9)
-    baselines = [algorithm(workload, costs) for algorithm in (spatial, paper, greedy)]
+    small = len(workload.models) * workload.gpus <= LARGE
+    baselines = [algorithm(workload, costs) for algorithm in (spatial, greedy, *([paper] if small else []))]
     exact = exhaustive(objective)
     if exact is not None:
         found = [Found(objective.score(exact), exact)]

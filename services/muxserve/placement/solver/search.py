@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, product
@@ -17,6 +16,8 @@ from muxserve.placement.solver.objective import Objective, State
 
 FEW = 60_000
 """States that are all looked at."""
+MOST_GPUS, MOST_MODELS = 16, 10
+"""Beyond either they are not even counted."""
 HOT, COLD = 0.02, 0.0004
 """Temperatures at start and end, as parts of the workload's rate."""
 KEPT = 12
@@ -25,6 +26,8 @@ KEPT = 12
 
 def exhaustive(objective: Objective) -> State | None:
     """The best state of all. None: there are too many to look at."""
+    if objective.workload.gpus > MOST_GPUS or len(objective.models) > MOST_MODELS:
+        return None
     best: tuple[float, State] | None = None
     budget = FEW
     sets: dict[Mesh, list[frozenset[int]]] = {}
@@ -33,8 +36,6 @@ def exhaustive(objective: Objective) -> State | None:
         slots = [(Mesh(k, size), count) for k, counts in enumerate(cut) for size, count in counts if count]
         for mesh, _ in slots:
             if mesh not in sets:
-                if len(objective.models) > 10:
-                    return None
                 sets[mesh] = _sets(mesh, objective)
         budget -= math.prod(math.comb(len(sets[mesh]) + count - 1, count) for mesh, count in slots)
         if budget < 0:
@@ -194,11 +195,6 @@ def _merge(state: State, objective: Objective, source: random.Random) -> State |
     if not fits(objective.kinds[mesh.kind], [*sizes, whole.size]):
         return None
     return (*rest, (whole, models))
-
-
-def replicas(state: State) -> Counter[int]:
-    """How many units each model is in."""
-    return Counter(model for _, models in state for model in models)
 
 
 def neighbours(state: State, objective: Objective) -> Iterator[State]:
