@@ -12,6 +12,7 @@ from google.rpc import code_pb2
 
 from muxserve.common.documents import QuotaStore
 from muxserve.common.rpc import channel
+from muxserve.scheduler.policy import POLICIES
 from muxserve.scheduler.scheduler import Scheduler
 from muxserve.scheduler.settings import SchedulerSettings
 from muxserve.v1 import admin_pb2, common_pb2, scheduler_pb2, scheduler_pb2_grpc
@@ -37,7 +38,7 @@ async def test_a_request_is_served_and_its_entry_acknowledged(setting: Setting) 
     assert await setting.queue_length("a") == 1, "kept until the gateway has surely heard of the end"
     await eventually(lambda: _empty(setting, "a"))
     status = await running.status()
-    assert status.connected and status.policy == "adbs"
+    assert status.connected and status.policy == "mux"
     assert status.models[0].generated_tokens == 20
     assert status.models[0].prefill_tokens == 5
 
@@ -86,7 +87,7 @@ async def test_a_stop_token_ends_it(setting: Setting) -> None:
     assert client.finish == STOP
 
 
-@pytest.mark.parametrize("policy", ["adbs", "fcfs"])
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"spatial"}))
 async def test_many_requests_in_a_tiny_arena_all_get_their_text(setting: Setting, policy: str) -> None:
     shapes = {"a": shape(4, 3, 16), "b": shape(6, 2, 16)}
     worker = await setting.worker(60, shapes, seconds=0.0005)
@@ -141,6 +142,7 @@ async def test_a_request_ends_at_its_deadline_wherever_it_is(setting: Setting) -
     await setting.place(worker)
     gateway = await setting.gateway((await setting.scheduler()).address)
     running = await gateway.ask("a", [1], 500, deadline=0.6)
+    await running.reach(1)
     waiting = await gateway.ask("a", [2], 5, deadline=0.3)
     late = await gateway.ask("a", [3], 5, deadline=-1)
     async with asyncio.timeout(5):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from muxserve.scheduler.policy.interface import DecodeJob, JobEnded, Policy, PrefillJob
+from muxserve.scheduler.policy.interface import DecodeJob, Finished, JobEnded, Policy, PrefillJob
 from tests.scheduler.world import Job, Request, Shape, World
 
 Kind = Literal["prefill", "decode"]
@@ -191,6 +191,9 @@ class TimedWorld(World):
         request.first = request.first or self.now
         if request.done:
             request.end = self.now
+            seconds = self.now - request.arrival
+            output = request.output
+            self.policy.observe(Finished(request.number, request.model, output, output, seconds))
 
 
 def skewed(

@@ -222,6 +222,7 @@ class World:
             renew,
             r.priority,
             r.tenant,
+            r.prompt,
         )
 
     # What it decides

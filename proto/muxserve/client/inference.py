@@ -103,7 +103,7 @@ def completion_request(
         request.stop.extend([stop] if isinstance(stop, str) else stop or ())
     with naming("stop_token_ids"):
         request.stop_token_ids.extend(arguments.get("stop_token_ids") or ())
-    for name in ("max_tokens", "ignore_eos", "logprobs", "request_id"):
+    for name in ("max_tokens", "ignore_eos", "logprobs", "request_id", "priority", "tenant"):
         if (value := arguments.get(name)) is not None:
             with naming(name):
                 setattr(request, name, value)

@@ -122,6 +122,11 @@ class Arguments(TypedDict, total=False):
     none."""
     request_id: str | None
     """For tracing: at most 128 printable ASCII characters. Default: a new one for each attempt."""
+    priority: int | None
+    """Requests of higher priority go first: -100 to 100. Default 0."""
+    tenant: str | None
+    """On whose behalf: tenants that were served more than others wait behind them. At most 128 printable
+    ASCII characters. Default: the empty name."""
     timeout: float | None
     """Seconds; default: the client's. `math.inf`: no limit."""
 

@@ -282,6 +282,8 @@ class ModelConfig(_message.Message):
     QUOTA_BLOCKS_FIELD_NUMBER: _builtins.int
     RATE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    TTFT_TARGET_FIELD_NUMBER: _builtins.int
+    TPOT_TARGET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name in requests: 1 to 128 of letters, digits and "._/-:", unique."""
     path: _builtins.str
@@ -294,6 +296,10 @@ class ModelConfig(_message.Message):
     """Expected arrivals, requests per second: weighs the initial quota. 0 is unknown."""
     max_context: _builtins.int
     """Serve a shorter context than the checkpoint allows, in tokens. 0: the checkpoint's own."""
+    ttft_target: _builtins.float
+    """Seconds from a request's arrival in which its first token should come. 0: no target."""
+    tpot_target: _builtins.float
+    """Seconds between two tokens of a sequence that should not be exceeded on average. 0: no target."""
     def __init__(
         self,
         *,
@@ -303,10 +309,12 @@ class ModelConfig(_message.Message):
         quota_blocks: _builtins.int = ...,
         rate: _builtins.float = ...,
         max_context: _builtins.int = ...,
+        ttft_target: _builtins.float = ...,
+        tpot_target: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "max_context", b"max_context", "name", b"name", "path", b"path", "quota_blocks", b"quota_blocks", "rate", b"rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "max_context", b"max_context", "name", b"name", "path", b"path", "quota_blocks", b"quota_blocks", "rate", b"rate", "tpot_target", b"tpot_target", "ttft_target", b"ttft_target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

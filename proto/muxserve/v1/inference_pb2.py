@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from muxserve.v1 import common_pb2 as muxserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmuxserve/v1/inference.proto\x12\x0bmuxserve.v1\x1a\x18muxserve/v1/common.proto\"\xc3\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12.\n\rprompt_tokens\x18\x03 \x01(\x0b\x32\x15.muxserve.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.muxserve.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.muxserve.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x15\n\x08logprobs\x18\n \x01(\rH\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x0b \x01(\tB\x07\n\x05inputB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.muxserve.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xe9\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\'\n\x08logprobs\x18\x05 \x03(\x0b\x32\x15.muxserve.v1.Logprobs\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.muxserve.v1.FinishReason\x12!\n\x05usage\x18\x07 \x01(\x0b\x32\x12.muxserve.v1.Usage\x12\x13\n\x0bstop_string\x18\x08 \x01(\t\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.muxserve.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.muxserve.v1.Model\"\x98\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.muxserve.v1.ModelState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04\x63hat\x18\x07 \x01(\x08*q\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x32\xf5\x01\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.muxserve.v1.GenerateRequest\x1a\x1d.muxserve.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.muxserve.v1.ListModelsRequest\x1a\x1f.muxserve.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.muxserve.v1.GetModelRequest\x1a\x1d.muxserve.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmuxserve/v1/inference.proto\x12\x0bmuxserve.v1\x1a\x18muxserve/v1/common.proto\"\xe5\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12.\n\rprompt_tokens\x18\x03 \x01(\x0b\x32\x15.muxserve.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.muxserve.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.muxserve.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x15\n\x08logprobs\x18\n \x01(\rH\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x0b \x01(\t\x12\x10\n\x08priority\x18\x0c \x01(\x05\x12\x0e\n\x06tenant\x18\r \x01(\tB\x07\n\x05inputB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.muxserve.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xe9\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\'\n\x08logprobs\x18\x05 \x03(\x0b\x32\x15.muxserve.v1.Logprobs\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.muxserve.v1.FinishReason\x12!\n\x05usage\x18\x07 \x01(\x0b\x32\x12.muxserve.v1.Usage\x12\x13\n\x0bstop_string\x18\x08 \x01(\t\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.muxserve.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.muxserve.v1.Model\"\x98\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.muxserve.v1.ModelState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04\x63hat\x18\x07 \x01(\x08*q\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x32\xf5\x01\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.muxserve.v1.GenerateRequest\x1a\x1d.muxserve.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.muxserve.v1.ListModelsRequest\x1a\x1f.muxserve.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.muxserve.v1.GetModelRequest\x1a\x1d.muxserve.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxserve.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=1077
-  _globals['_MODELSTATE']._serialized_end=1190
+  _globals['_MODELSTATE']._serialized_start=1111
+  _globals['_MODELSTATE']._serialized_end=1224
   _globals['_GENERATEREQUEST']._serialized_start=71
-  _globals['_GENERATEREQUEST']._serialized_end=394
-  _globals['_TOKENIDS']._serialized_start=396
-  _globals['_TOKENIDS']._serialized_end=419
-  _globals['_CHAT']._serialized_start=421
-  _globals['_CHAT']._serialized_end=471
-  _globals['_CHATMESSAGE']._serialized_start=473
-  _globals['_CHATMESSAGE']._serialized_end=517
-  _globals['_GENERATERESPONSE']._serialized_start=520
-  _globals['_GENERATERESPONSE']._serialized_end=753
-  _globals['_LISTMODELSREQUEST']._serialized_start=755
-  _globals['_LISTMODELSREQUEST']._serialized_end=774
-  _globals['_LISTMODELSRESPONSE']._serialized_start=776
-  _globals['_LISTMODELSRESPONSE']._serialized_end=832
-  _globals['_GETMODELREQUEST']._serialized_start=834
-  _globals['_GETMODELREQUEST']._serialized_end=865
-  _globals['_GETMODELRESPONSE']._serialized_start=867
-  _globals['_GETMODELRESPONSE']._serialized_end=920
-  _globals['_MODEL']._serialized_start=923
-  _globals['_MODEL']._serialized_end=1075
-  _globals['_INFERENCESERVICE']._serialized_start=1193
-  _globals['_INFERENCESERVICE']._serialized_end=1438
+  _globals['_GENERATEREQUEST']._serialized_end=428
+  _globals['_TOKENIDS']._serialized_start=430
+  _globals['_TOKENIDS']._serialized_end=453
+  _globals['_CHAT']._serialized_start=455
+  _globals['_CHAT']._serialized_end=505
+  _globals['_CHATMESSAGE']._serialized_start=507
+  _globals['_CHATMESSAGE']._serialized_end=551
+  _globals['_GENERATERESPONSE']._serialized_start=554
+  _globals['_GENERATERESPONSE']._serialized_end=787
+  _globals['_LISTMODELSREQUEST']._serialized_start=789
+  _globals['_LISTMODELSREQUEST']._serialized_end=808
+  _globals['_LISTMODELSRESPONSE']._serialized_start=810
+  _globals['_LISTMODELSRESPONSE']._serialized_end=866
+  _globals['_GETMODELREQUEST']._serialized_start=868
+  _globals['_GETMODELREQUEST']._serialized_end=899
+  _globals['_GETMODELRESPONSE']._serialized_start=901
+  _globals['_GETMODELRESPONSE']._serialized_end=954
+  _globals['_MODEL']._serialized_start=957
+  _globals['_MODEL']._serialized_end=1109
+  _globals['_INFERENCESERVICE']._serialized_start=1227
+  _globals['_INFERENCESERVICE']._serialized_end=1472
 # @@protoc_insertion_point(module_scope)

@@ -63,8 +63,8 @@ class InferenceServiceServicer(object):
         finish_reason and usage.
 
         INVALID_ARGUMENT: a field is out of range (named). NOT_FOUND: no such model. FAILED_PRECONDITION: a
-        conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full (RetryInfo).
-        UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
+        conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full, or the call's
+        deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
         deadline passed. Cancelling the call stops the work wherever it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

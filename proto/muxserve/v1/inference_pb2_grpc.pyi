@@ -40,8 +40,8 @@ class InferenceServiceStub:
     finish_reason and usage.
 
     INVALID_ARGUMENT: a field is out of range (named). NOT_FOUND: no such model. FAILED_PRECONDITION: a
-    conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full (RetryInfo).
-    UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
+    conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full, or the call's
+    deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
     deadline passed. Cancelling the call stops the work wherever it is.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
@@ -61,8 +61,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     finish_reason and usage.
 
     INVALID_ARGUMENT: a field is out of range (named). NOT_FOUND: no such model. FAILED_PRECONDITION: a
-    conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full (RetryInfo).
-    UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
+    conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full, or the call's
+    deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
     deadline passed. Cancelling the call stops the work wherever it is.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -85,8 +85,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         finish_reason and usage.
 
         INVALID_ARGUMENT: a field is out of range (named). NOT_FOUND: no such model. FAILED_PRECONDITION: a
-        conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full (RetryInfo).
-        UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
+        conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full, or the call's
+        deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
         deadline passed. Cancelling the call stops the work wherever it is.
         """
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from muxserve.v1 import common_pb2 as muxserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmuxserve/v1/scheduler.proto\x12\x0bmuxserve.v1\x1a\x18muxserve/v1/common.proto\"\x90\x02\n\rQueuedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x03(\r\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.muxserve.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\t \x01(\x03\x12\x18\n\x10\x61\x63\x63\x65pted_unix_ms\x18\n \x01(\x03\x42\x0b\n\t_logprobs\"\xd4\x02\n\rAttachRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .muxserve.v1.AttachRequest.HelloH\x00\x12\x33\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32!.muxserve.v1.AttachRequest.CancelH\x00\x12\x33\n\x06resume\x18\x03 \x01(\x0b\x32!.muxserve.v1.AttachRequest.ResumeH\x00\x1a\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x1a,\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x1aS\n\x06Resume\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0e\x65mitted_tokens\x18\x03 \x03(\r\x12\x0c\n\x04gone\x18\x04 \x01(\x08\x42\x06\n\x04kind\"g\n\x0e\x41ttachResponse\x12)\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x19.muxserve.v1.RequestEvent\x12*\n\nnew_tokens\x18\x02 \x01(\x0b\x32\x16.muxserve.v1.NewTokens\"P\n\tNewTokens\x12\x0f\n\x07numbers\x18\x01 \x03(\x04\x12\x0f\n\x07indexes\x18\x02 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"\x8b\x04\n\x0cRequestEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x34\n\x07started\x18\x03 \x01(\x0b\x32!.muxserve.v1.RequestEvent.StartedH\x00\x12=\n\x0cresume_query\x18\x04 \x01(\x0b\x32%.muxserve.v1.RequestEvent.ResumeQueryH\x00\x12\x32\n\x06tokens\x18\x05 \x01(\x0b\x32 .muxserve.v1.RequestEvent.TokensH\x00\x12\x32\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32 .muxserve.v1.RequestEvent.FailedH\x00\x12\x0e\n\x06number\x18\x07 \x01(\x04\x1a\t\n\x07Started\x1a\r\n\x0bResumeQuery\x1a\x85\x01\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\'\n\x08logprobs\x18\x03 \x03(\x0b\x32\x15.muxserve.v1.Logprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.muxserve.v1.FinishReason\x1a?\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\rB\x06\n\x04kind\"\x11\n\x0fGetUnitsRequest\"P\n\x10GetUnitsResponse\x12&\n\x05units\x18\x01 \x03(\x0b\x32\x17.muxserve.v1.UnitStatus\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\t\"\x96\x01\n\nUnitStatus\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12,\n\x06models\x18\x04 \x03(\x0b\x32\x1c.muxserve.v1.UnitModelStatus\x12\x14\n\x0cprefill_jobs\x18\x05 \x01(\x04\x12\x13\n\x0b\x64\x65\x63ode_jobs\x18\x06 \x01(\x04\"\x9f\x01\n\x0fUnitModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x14\n\x0cquota_blocks\x18\x04 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x05 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x04\x12\x16\n\x0eprefill_tokens\x18\x07 \x01(\x04\x32\xa2\x01\n\x10SchedulerService\x12\x45\n\x06\x41ttach\x12\x1a.muxserve.v1.AttachRequest\x1a\x1b.muxserve.v1.AttachResponse(\x01\x30\x01\x12G\n\x08GetUnits\x12\x1c.muxserve.v1.GetUnitsRequest\x1a\x1d.muxserve.v1.GetUnitsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmuxserve/v1/scheduler.proto\x12\x0bmuxserve.v1\x1a\x18muxserve/v1/common.proto\"\xb2\x02\n\rQueuedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x03(\r\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.muxserve.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\t \x01(\x03\x12\x18\n\x10\x61\x63\x63\x65pted_unix_ms\x18\n \x01(\x03\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x0e\n\x06tenant\x18\x0c \x01(\tB\x0b\n\t_logprobs\"\xd4\x02\n\rAttachRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .muxserve.v1.AttachRequest.HelloH\x00\x12\x33\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32!.muxserve.v1.AttachRequest.CancelH\x00\x12\x33\n\x06resume\x18\x03 \x01(\x0b\x32!.muxserve.v1.AttachRequest.ResumeH\x00\x1a\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x1a,\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x1aS\n\x06Resume\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0e\x65mitted_tokens\x18\x03 \x03(\r\x12\x0c\n\x04gone\x18\x04 \x01(\x08\x42\x06\n\x04kind\"g\n\x0e\x41ttachResponse\x12)\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x19.muxserve.v1.RequestEvent\x12*\n\nnew_tokens\x18\x02 \x01(\x0b\x32\x16.muxserve.v1.NewTokens\"P\n\tNewTokens\x12\x0f\n\x07numbers\x18\x01 \x03(\x04\x12\x0f\n\x07indexes\x18\x02 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"\x8b\x04\n\x0cRequestEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x34\n\x07started\x18\x03 \x01(\x0b\x32!.muxserve.v1.RequestEvent.StartedH\x00\x12=\n\x0cresume_query\x18\x04 \x01(\x0b\x32%.muxserve.v1.RequestEvent.ResumeQueryH\x00\x12\x32\n\x06tokens\x18\x05 \x01(\x0b\x32 .muxserve.v1.RequestEvent.TokensH\x00\x12\x32\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32 .muxserve.v1.RequestEvent.FailedH\x00\x12\x0e\n\x06number\x18\x07 \x01(\x04\x1a\t\n\x07Started\x1a\r\n\x0bResumeQuery\x1a\x85\x01\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\'\n\x08logprobs\x18\x03 \x03(\x0b\x32\x15.muxserve.v1.Logprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.muxserve.v1.FinishReason\x1a?\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\rB\x06\n\x04kind\"\x11\n\x0fGetUnitsRequest\"P\n\x10GetUnitsResponse\x12&\n\x05units\x18\x01 \x03(\x0b\x32\x17.muxserve.v1.UnitStatus\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\t\"\x96\x01\n\nUnitStatus\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12,\n\x06models\x18\x04 \x03(\x0b\x32\x1c.muxserve.v1.UnitModelStatus\x12\x14\n\x0cprefill_jobs\x18\x05 \x01(\x04\x12\x13\n\x0b\x64\x65\x63ode_jobs\x18\x06 \x01(\x04\"\xb1\x01\n\x0fUnitModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x14\n\x0cquota_blocks\x18\x04 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x05 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x04\x12\x16\n\x0eprefill_tokens\x18\x07 \x01(\x04\x12\x10\n\x08refusals\x18\x08 \x01(\x04\x32\xa2\x01\n\x10SchedulerService\x12\x45\n\x06\x41ttach\x12\x1a.muxserve.v1.AttachRequest\x1a\x1b.muxserve.v1.AttachResponse(\x01\x30\x01\x12G\n\x08GetUnits\x12\x1c.muxserve.v1.GetUnitsRequest\x1a\x1d.muxserve.v1.GetUnitsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,37 +33,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'muxserve.v1.scheduler_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_QUEUEDREQUEST']._serialized_start=71
-  _globals['_QUEUEDREQUEST']._serialized_end=343
-  _globals['_ATTACHREQUEST']._serialized_start=346
-  _globals['_ATTACHREQUEST']._serialized_end=686
-  _globals['_ATTACHREQUEST_HELLO']._serialized_start=520
-  _globals['_ATTACHREQUEST_HELLO']._serialized_end=547
-  _globals['_ATTACHREQUEST_CANCEL']._serialized_start=549
-  _globals['_ATTACHREQUEST_CANCEL']._serialized_end=593
-  _globals['_ATTACHREQUEST_RESUME']._serialized_start=595
-  _globals['_ATTACHREQUEST_RESUME']._serialized_end=678
-  _globals['_ATTACHRESPONSE']._serialized_start=688
-  _globals['_ATTACHRESPONSE']._serialized_end=791
-  _globals['_NEWTOKENS']._serialized_start=793
-  _globals['_NEWTOKENS']._serialized_end=873
-  _globals['_REQUESTEVENT']._serialized_start=876
-  _globals['_REQUESTEVENT']._serialized_end=1399
-  _globals['_REQUESTEVENT_STARTED']._serialized_start=1166
-  _globals['_REQUESTEVENT_STARTED']._serialized_end=1175
-  _globals['_REQUESTEVENT_RESUMEQUERY']._serialized_start=1177
-  _globals['_REQUESTEVENT_RESUMEQUERY']._serialized_end=1190
-  _globals['_REQUESTEVENT_TOKENS']._serialized_start=1193
-  _globals['_REQUESTEVENT_TOKENS']._serialized_end=1326
-  _globals['_REQUESTEVENT_FAILED']._serialized_start=1328
-  _globals['_REQUESTEVENT_FAILED']._serialized_end=1391
-  _globals['_GETUNITSREQUEST']._serialized_start=1401
-  _globals['_GETUNITSREQUEST']._serialized_end=1418
-  _globals['_GETUNITSRESPONSE']._serialized_start=1420
-  _globals['_GETUNITSRESPONSE']._serialized_end=1500
-  _globals['_UNITSTATUS']._serialized_start=1503
-  _globals['_UNITSTATUS']._serialized_end=1653
-  _globals['_UNITMODELSTATUS']._serialized_start=1656
-  _globals['_UNITMODELSTATUS']._serialized_end=1815
-  _globals['_SCHEDULERSERVICE']._serialized_start=1818
-  _globals['_SCHEDULERSERVICE']._serialized_end=1980
+  _globals['_QUEUEDREQUEST']._serialized_end=377
+  _globals['_ATTACHREQUEST']._serialized_start=380
+  _globals['_ATTACHREQUEST']._serialized_end=720
+  _globals['_ATTACHREQUEST_HELLO']._serialized_start=554
+  _globals['_ATTACHREQUEST_HELLO']._serialized_end=581
+  _globals['_ATTACHREQUEST_CANCEL']._serialized_start=583
+  _globals['_ATTACHREQUEST_CANCEL']._serialized_end=627
+  _globals['_ATTACHREQUEST_RESUME']._serialized_start=629
+  _globals['_ATTACHREQUEST_RESUME']._serialized_end=712
+  _globals['_ATTACHRESPONSE']._serialized_start=722
+  _globals['_ATTACHRESPONSE']._serialized_end=825
+  _globals['_NEWTOKENS']._serialized_start=827
+  _globals['_NEWTOKENS']._serialized_end=907
+  _globals['_REQUESTEVENT']._serialized_start=910
+  _globals['_REQUESTEVENT']._serialized_end=1433
+  _globals['_REQUESTEVENT_STARTED']._serialized_start=1200
+  _globals['_REQUESTEVENT_STARTED']._serialized_end=1209
+  _globals['_REQUESTEVENT_RESUMEQUERY']._serialized_start=1211
+  _globals['_REQUESTEVENT_RESUMEQUERY']._serialized_end=1224
+  _globals['_REQUESTEVENT_TOKENS']._serialized_start=1227
+  _globals['_REQUESTEVENT_TOKENS']._serialized_end=1360
+  _globals['_REQUESTEVENT_FAILED']._serialized_start=1362
+  _globals['_REQUESTEVENT_FAILED']._serialized_end=1425
+  _globals['_GETUNITSREQUEST']._serialized_start=1435
+  _globals['_GETUNITSREQUEST']._serialized_end=1452
+  _globals['_GETUNITSRESPONSE']._serialized_start=1454
+  _globals['_GETUNITSRESPONSE']._serialized_end=1534
+  _globals['_UNITSTATUS']._serialized_start=1537
+  _globals['_UNITSTATUS']._serialized_end=1687
+  _globals['_UNITMODELSTATUS']._serialized_start=1690
+  _globals['_UNITMODELSTATUS']._serialized_end=1867
+  _globals['_SCHEDULERSERVICE']._serialized_start=1870
+  _globals['_SCHEDULERSERVICE']._serialized_end=2032
 # @@protoc_insertion_point(module_scope)

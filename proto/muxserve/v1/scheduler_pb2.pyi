@@ -37,6 +37,8 @@ class QueuedRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
     ACCEPTED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique."""
     model: _builtins.str
@@ -51,6 +53,10 @@ class QueuedRequest(_message.Message):
     """Client's deadline, Unix time in milliseconds. 0: none."""
     accepted_unix_ms: _builtins.int
     """When the gateway accepted it, Unix time in milliseconds."""
+    priority: _builtins.int
+    """As in GenerateRequest."""
+    tenant: _builtins.str
+    """As in GenerateRequest."""
     @_builtins.property
     def prompt_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -76,10 +82,12 @@ class QueuedRequest(_message.Message):
         logprobs: _builtins.int | None = ...,
         deadline_unix_ms: _builtins.int = ...,
         accepted_unix_ms: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "accepted_unix_ms", b"accepted_unix_ms", "deadline_unix_ms", b"deadline_unix_ms", "gateway_id", b"gateway_id", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "accepted_unix_ms", b"accepted_unix_ms", "deadline_unix_ms", b"deadline_unix_ms", "gateway_id", b"gateway_id", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "model", b"model", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -531,6 +539,7 @@ class UnitModelStatus(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     running: _builtins.int
@@ -545,6 +554,8 @@ class UnitModelStatus(_message.Message):
     """Tokens generated since the scheduler began."""
     prefill_tokens: _builtins.int
     """Prompt tokens computed since the scheduler began, recomputation included."""
+    refusals: _builtins.int
+    """Requests refused because they could not be served in time, since the scheduler began."""
     def __init__(
         self,
         *,
@@ -555,10 +566,11 @@ class UnitModelStatus(_message.Message):
         preemptions: _builtins.int = ...,
         generated_tokens: _builtins.int = ...,
         prefill_tokens: _builtins.int = ...,
+        refusals: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_tokens", b"generated_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "quota_blocks", b"quota_blocks", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_tokens", b"generated_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "quota_blocks", b"quota_blocks", "refusals", b"refusals", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -141,6 +141,8 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
+    priority: Annotated[int, typer.Option(help="Higher goes first, -100 to 100.")] = 0,
+    tenant: Annotated[str, typer.Option(help="On whose behalf.")] = "",
     timeout: Timeout = None,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
@@ -157,6 +159,8 @@ def generate(
         "seed": seed,
         "stop": stop,
         "ignore_eos": ignore_eos,
+        "priority": priority,
+        "tenant": tenant,
         "timeout": timeout,
     }
     text = sys.stdin.read() if prompt == "-" else prompt

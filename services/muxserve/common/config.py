@@ -44,6 +44,10 @@ class ModelEntry(BaseModel):
     """Expected arrivals, requests per second: weighs the initial quota. 0: unknown."""
     max_context: int = Field(0, ge=0, le=2**32 - 1)
     """Serve a shorter context than the checkpoint allows, in tokens. 0: the checkpoint's own."""
+    ttft_target: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Seconds from a request's arrival in which its first token should come. 0: no target."""
+    tpot_target: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Seconds between two tokens of a sequence that should not be exceeded on average. 0: no target."""
 
     def to_proto(self) -> common_pb2.ModelConfig:
         """As in RPCs and in the placement document."""

@@ -11,6 +11,8 @@ from muxserve.v1 import common_pb2, inference_pb2, scheduler_pb2
 
 MAX_MODEL_NAME = 128
 MAX_REQUEST_ID = 128
+MAX_TENANT = 128
+MAX_PRIORITY = 100
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
@@ -23,6 +25,14 @@ def check_request_id(request_id: str) -> None:
         raise InvalidArgument("request_id", f"has {len(request_id)} characters; at most {MAX_REQUEST_ID}")
     if not (request_id.isascii() and request_id.isprintable()):
         raise InvalidArgument("request_id", "must be printable ASCII")
+
+
+def check_tenant(tenant: str) -> None:
+    """At most 128 printable ASCII characters."""
+    if len(tenant) > MAX_TENANT:
+        raise InvalidArgument("tenant", f"has {len(tenant)} characters; at most {MAX_TENANT}")
+    if not (tenant.isascii() and (tenant.isprintable() or not tenant)):
+        raise InvalidArgument("tenant", "must be printable ASCII")
 
 
 def check_request(request: inference_pb2.GenerateRequest) -> None:
@@ -40,6 +50,10 @@ def check_request(request: inference_pb2.GenerateRequest) -> None:
         )
     if request.HasField("logprobs") and request.logprobs > MAX_LOGPROBS:
         raise InvalidArgument("logprobs", f"must be 0 to {MAX_LOGPROBS}, is {request.logprobs}")
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        reason = f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}, is {request.priority}"
+        raise InvalidArgument("priority", reason)
+    check_tenant(request.tenant)
 
 
 def _check_input(request: inference_pb2.GenerateRequest) -> None:
@@ -147,4 +161,6 @@ def queued_request(
         max_tokens=max_tokens,
         stop_token_ids=sorted({*ends, *request.stop_token_ids}),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
+        priority=request.priority,
+        tenant=request.tenant,
     )

@@ -12,6 +12,7 @@ import structlog
 from google.rpc import code_pb2
 
 from muxserve.scheduler.gateways import GatewayHub
+from muxserve.scheduler.overlap import Overlap
 from muxserve.scheduler.policy.interface import JobEnded, Policy
 from muxserve.scheduler.requests import Event, Request
 from muxserve.scheduler.seats import Job, Seats
@@ -84,6 +85,7 @@ class Reports:
         self._policy = policy
         self._hub = hub
         self._tally = tally
+        self._overlap = Overlap()
 
     def on_step(self, step: worker_pb2.StepEvents) -> None:
         """Tokens: one message per gateway."""
@@ -108,6 +110,7 @@ class Reports:
             heard += count
             if job.kind == "decode":
                 sequence.computed = request.known - 1
+                job.tenants[request.queued.tenant] += count
             finish = FINISH.get(state, common_pb2.FINISH_REASON_UNSPECIFIED)
             if finish or logprobs or index == request.resumed_at:
                 event = request.tokens(index, finish)
@@ -167,8 +170,14 @@ class Reports:
     def _account(self, job: Job, done: worker_pb2.JobDone) -> None:
         # What the prefix cache had was not computed, and says nothing about how fast the device is.
         tokens = job.tokens - done.cached_tokens
+        now = asyncio.get_running_loop().time()
+        since = self._seats.running_since("decode" if job.kind == "prefill" else "prefill")
+        beside = self._overlap.ended(job.kind, now, done.seconds, since)
         if not done.refused and tokens:
-            self._policy.observe(JobEnded(job.kind, job.model, tokens, done.seconds))
+            steps = max(1, done.steps)
+            self._policy.observe(
+                JobEnded(job.kind, job.model, tokens, done.seconds, steps, job.context, beside, job.tenants)
+            )
         if job.kind == "prefill":
             self._tally.prefilled[job.model] += tokens
 

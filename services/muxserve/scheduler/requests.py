@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -31,6 +33,23 @@ class Sequence:
     """Whether it has been in a decode job."""
 
 
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Unix time as gateways state it, in terms of the event loop's."""
+
+    offset: float
+    """What is added to Unix time, in seconds."""
+
+    @classmethod
+    def now(cls, loop: asyncio.AbstractEventLoop) -> Clock:
+        """As both clocks stand. One for all requests of a unit keeps their order."""
+        return cls(loop.time() - time.time())
+
+    def loop(self, unix_ms: int) -> float:
+        """That moment as loop time."""
+        return unix_ms / 1000 + self.offset
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A request of this unit, from its delivery to its end. What was emitted is kept until then: a sequence
@@ -42,6 +61,7 @@ class Request:
     entry_id: str
     attempt: int
     queued: scheduler_pb2.QueuedRequest
+    clock: Clock
     output: list[int] = field(default_factory=list)
     """All tokens generated."""
     logprobs: list[common_pb2.Logprobs] = field(default_factory=list)
@@ -62,7 +82,9 @@ class Request:
     model: str = field(init=False)
     gateway: str = field(init=False)
     arrival: float = field(init=False)
-    """When it was accepted, seconds of Unix time: its place in the order of service."""
+    """Loop time at which it was accepted: its place in the order of service."""
+    deadline: float = field(init=False)
+    """Loop time at which it has to be finished. Infinite: whenever."""
     prompt: int = field(init=False)
     """Tokens of the prompt."""
     limit: int = field(init=False)
@@ -72,15 +94,18 @@ class Request:
         # Read once: these are asked for with every token.
         queued = self.queued
         self.id, self.model, self.gateway = queued.request_id, queued.model, queued.gateway_id
-        self.arrival = queued.accepted_unix_ms / 1000
+        self.arrival = self.clock.loop(queued.accepted_unix_ms)
+        due = queued.deadline_unix_ms
+        self.deadline = self.clock.loop(due) if due else math.inf
         self.prompt = len(queued.prompt_tokens)
         self.limit = self.prompt + queued.max_tokens
 
     @classmethod
-    def from_delivery(cls, number: int, delivery: Delivery) -> Request:
+    def from_delivery(cls, number: int, delivery: Delivery, clock: Clock) -> Request:
         """A request as it comes from the queue."""
         resume = delivery.attempt > 1
-        return cls(number, delivery.entry_id, delivery.attempt, delivery.request, awaiting_resume=resume)
+        entry, attempt = delivery.entry_id, delivery.attempt
+        return cls(number, entry, attempt, delivery.request, clock, awaiting_resume=resume)
 
     @property
     def known(self) -> int:

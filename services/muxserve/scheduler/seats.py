@@ -6,6 +6,8 @@ to write, so the books follow from what was sent and what came back.
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -42,6 +44,12 @@ class Job:
     """Decode: steps that were not heard of yet. Tokens of those that were may still be on their way."""
     ending: bool = False
     """Whether its lease was ended."""
+    ordered: float = 0.0
+    """Loop time at which it was sent."""
+    context: int = 0
+    """Tokens before those that it computes, over all of its sequences, when it was sent."""
+    tenants: Counter[str] = field(default_factory=Counter)
+    """`tokens` by tenant."""
 
 
 class Seats:
@@ -116,11 +124,13 @@ class Seats:
             self._join(job, sequence, chunk.end)
             job.ends[sequence.number] = chunk.end
             job.tokens += chunk.end - chunk.start
+            job.tenants[request.queued.tenant] += chunk.end - chunk.start
+            job.context += chunk.start
             chunks.append(
                 worker_pb2.PrefillJob.Chunk(sequence=sequence.number, start=chunk.start, end=chunk.end)
             )
         message = worker_pb2.PrefillJob(
-            job=job.number, model=job.model, chunks=chunks, share=order.share, borrow=True
+            job=job.number, model=job.model, chunks=chunks, share=order.share, borrow=order.borrow
         )
         self.send(worker_pb2.JobsRequest(prefill=message))
 
@@ -131,7 +141,9 @@ class Seats:
         for request in requests:
             sequence = request.sequence
             assert sequence is not None, "the policy decodes what runs"
-            job.ends[sequence.number] = self.length(request) + order.steps
+            length = self.length(request)
+            job.context += length
+            job.ends[sequence.number] = length + order.steps
             # The last token's KV is never written.
             self._join(job, sequence, min(job.ends[sequence.number] - 1, request.limit - 1))
             sequence.decoded = True
@@ -142,7 +154,7 @@ class Seats:
             steps=order.steps,
             share=order.share,
             lead=LEAD,
-            borrow=True,
+            borrow=order.borrow,
         )
         self.send(worker_pb2.JobsRequest(decode=message))
 
@@ -189,6 +201,10 @@ class Seats:
         other = self.followed(job)
         first = other is None or job.number < other.number
         return job.kind == "decode" and job.steps_left == job.steps and first
+
+    def running_since(self, kind: Literal["prefill", "decode"]) -> float | None:
+        """When the job of that kind that runs was sent. None: there is none."""
+        return next((job.ordered for job in self.jobs.values() if job.kind == kind), None)
 
     def followed(self, job: Job) -> Job | None:
         """Another job of its kind and model."""
@@ -241,6 +257,7 @@ class Seats:
     def _new_job(self, kind: Literal["prefill", "decode"], model: str) -> Job:
         self._last += 1
         job = self.jobs[self._last] = Job(self._last, kind, model)
+        job.ordered = asyncio.get_running_loop().time()
         return job
 
     def _join(self, job: Job, sequence: Sequence, tokens: int) -> None:

@@ -47,6 +47,8 @@ def take(
             closing=closing[name],
             pinned_quota=configs[name].quota_blocks,
             rate=configs[name].rate,
+            ttft_target=configs[name].ttft_target,
+            tpot_target=configs[name].tpot_target,
         )
         for name in names
     )
@@ -67,16 +69,20 @@ def take(
 
 def _waiting(request: Request) -> Waiting:
     sequence = request.sequence
-    if sequence is None:
-        return Waiting(request.number, request.arrival, request.known)
+    queued = request.queued
     return Waiting(
         request.number,
         request.arrival,
         request.known,
-        computed=sequence.computed,
-        groups=sequence.groups,
-        open=True,
-        in_job=bool(sequence.jobs),
+        computed=sequence.computed if sequence else 0,
+        groups=sequence.groups if sequence else 0,
+        open=sequence is not None,
+        in_job=sequence is not None and bool(sequence.jobs),
+        priority=queued.priority,
+        limit=request.limit,
+        tenant=queued.tenant,
+        deadline=request.deadline,
+        emitted=bool(request.output),
     )
 
 
@@ -96,4 +102,7 @@ def _running(request: Request, seats: Seats, soon: Collection[int]) -> Running:
         in_job=bool(sequence.jobs),
         decoded=sequence.decoded,
         renew=renew,
+        priority=request.queued.priority,
+        tenant=request.queued.tenant,
+        prompt=request.prompt,
     )

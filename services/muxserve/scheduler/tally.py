@@ -17,6 +17,8 @@ class Tally:
         """Started, by kind."""
         self.preemptions: Counter[str] = Counter()
         """Sequences that lost their blocks and were to be recomputed."""
+        self.refusals: Counter[str] = Counter()
+        """Requests that were turned away."""
         self.generated: Counter[str] = Counter()
         """Tokens sampled."""
         self.prefilled: Counter[str] = Counter()
@@ -39,6 +41,7 @@ class Tally:
                 preemptions=self.preemptions[name],
                 generated_tokens=self.generated[name],
                 prefill_tokens=self.prefilled[name],
+                refusals=self.refusals[name],
             )
             for name, quota in quotas.items()
         ]

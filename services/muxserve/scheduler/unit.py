@@ -23,15 +23,18 @@ from muxserve.scheduler.acks import Acknowledger
 from muxserve.scheduler.gateways import GatewayHub
 from muxserve.scheduler.policy.interface import (
     AdaptQuotas,
+    AskAgain,
     Decision,
     DecodeJob,
     EndLease,
+    Finished,
     Policy,
     Preempt,
     PrefillJob,
+    Refuse,
 )
 from muxserve.scheduler.reports import Reports
-from muxserve.scheduler.requests import Event, Request
+from muxserve.scheduler.requests import Clock, Event, Request
 from muxserve.scheduler.seats import LEAD, Seats, Send
 from muxserve.scheduler.tally import Tally
 from muxserve.v1 import admin_pb2, common_pb2, inference_pb2, scheduler_pb2, worker_pb2
@@ -70,6 +73,8 @@ class Unit:
         self._ending: set[tuple[str, str]] = set()
         """(model, entry) of finished requests that are not acknowledged yet."""
         self._turn_due = False
+        self._clock = Clock.now(asyncio.get_running_loop())
+        self._ask_again: asyncio.TimerHandle | None = None
         self._tally = Tally()
         self._reports = Reports(self, self.seats, policy, hub, self._tally)
 
@@ -133,7 +138,7 @@ class Unit:
 
     def deliver(self, delivery: Delivery) -> None:
         """A request from the queue."""
-        request = Request.from_delivery(self._hub.new_number(), delivery)
+        request = Request.from_delivery(self._hub.new_number(), delivery, self._clock)
         if (before := self._requests.get(request.id)) is not None:
             if before.entry_id == delivery.entry_id:
                 before.attempt = max(before.attempt, delivery.attempt)
@@ -252,15 +257,22 @@ class Unit:
             log.warning("no answer to a resume query; request dropped", request=request.id)
             self.cancel(request.id)
 
-    def fail(self, request: Request, code: int, message: str) -> None:
-        """It cannot be served; `code` is a google.rpc.Code."""
-        event = request.failed(code, message, 1.0 if code == code_pb2.UNAVAILABLE else None)
+    def fail(self, request: Request, code: int, message: str, retry_after: float | None = None) -> None:
+        """It cannot be served; `code` is a google.rpc.Code. `retry_after` in seconds."""
+        if retry_after is None and code == code_pb2.UNAVAILABLE:
+            retry_after = 1.0
+        event = request.failed(code, message, retry_after)
         self._hub.send(request.gateway, [event])
         self.finish(request, event)
 
     def finish(self, request: Request, event: Event) -> None:
         """It is over and its gateway was sent `event`; acknowledged when that has surely arrived."""
         self._drop(request)
+        if event.HasField("tokens"):
+            seconds = asyncio.get_running_loop().time() - request.arrival
+            most = request.queued.max_tokens
+            finished = Finished(request.number, request.model, len(request.output), most, seconds)
+            self._policy.observe(finished)
         if event.HasField("tokens"):
             event = request.tokens(request.resumed_at, event.tokens.finish_reason)
         entry = (request.model, request.entry_id)
@@ -301,6 +313,8 @@ class Unit:
                 self.broken.set_exception(error)
 
     def _decide(self) -> None:
+        if self._ask_again is not None:
+            self._ask_again.cancel()
         now = asyncio.get_running_loop().time()
         seen = snapshot.take(self.seats, self._requests.values(), self._configs, self.quotas, now)
         for decision in self._policy.decide(seen, now):
@@ -321,12 +335,25 @@ class Unit:
                 self._tally.preemptions[request.model] += 1
                 if request.sequence is not None:
                     self.seats.close([request.sequence])
+            case Refuse(number, retry_after):
+                self._refuse(self._by_number[number], retry_after)
+            case AskAgain(at):
+                self._ask_again = asyncio.get_running_loop().call_at(at, self.ask_turn)
             case EndLease(job):
                 self.seats.end_lease(job)
             case AdaptQuotas(quotas):
                 self.quotas = dict(quotas)
                 self.quota_revision += 1
                 self._send_quotas()
+
+    def _refuse(self, request: Request, retry_after: float) -> None:
+        self._tally.refusals[request.model] += 1
+        if retry_after:
+            message = "there is more to do than could be done before the request's deadline"
+            self.fail(request, code_pb2.RESOURCE_EXHAUSTED, message, retry_after)
+        else:
+            message = "the request needs more memory than its model has"
+            self.fail(request, code_pb2.RESOURCE_EXHAUSTED, message)
 
     def _send_quotas(self) -> None:
         message = worker_pb2.SetQuotas(revision=self.quota_revision, blocks=self.quotas)

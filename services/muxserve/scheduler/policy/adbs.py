@@ -14,7 +14,7 @@ from muxserve.scheduler.policy import quotas
 from muxserve.scheduler.policy.interface import (
     AdaptQuotas,
     Decision,
-    JobEnded,
+    Event,
     ModelSnapshot,
     PolicyOptions,
     Running,
@@ -49,15 +49,19 @@ class Adbs:
         plan = Plan(snapshot, self._options, self._quotas(snapshot, now), hard=not self._options.borrow)
         if plan.quotas != {m.model: m.quota for m in snapshot.models}:
             plan.decisions.append(AdaptQuotas(plan.quotas))
+        self._admit(plan)
         if not plan.prefilling:
             self._prefill(plan)
         self._decode(plan)
         plan.end_leases(lambda model, running: not self._paused(plan, model, running))
         return plan.decisions
 
-    def observe(self, event: JobEnded) -> None:
+    def observe(self, event: Event) -> None:
         """See `Policy`."""
         self._pace.observe(event)
+
+    def _admit(self, plan: Plan) -> None:
+        """Refuse what is not to be served: nothing."""
 
     def _prefill(self, plan: Plan) -> None:
         order = self._order(plan)
@@ -123,15 +127,23 @@ class Adbs:
             decided = len(plan.decisions)
             if not (able := plan.decodable()):
                 return
-            steps, share = self._steps(plan), self._shares(plan)[1]
-            for name in rotated(able, self._last_decode):
+            steps, share = self._steps(plan) or plan.turn_steps(), self._shares(plan)[1]
+            for name in self._decode_order(plan, able):
                 model = plan.models[name]
                 batch = [r for r in plan.idle(model) if not self._paused(plan, model, r)]
                 if batch and plan.decode(model, batch, steps, share):
-                    self._last_decode = name
+                    self._decoded(model, steps)
                     break
             # A preemption alone may let somebody decode who was passed over.
             settled = len(plan.decisions) == decided
+
+    def _decode_order(self, plan: Plan, able: list[str]) -> list[str]:
+        """The models that could decode, in the order in which they may."""
+        return rotated(able, self._last_decode)
+
+    def _decoded(self, model: ModelSnapshot, steps: int) -> None:
+        """The model got a lease of so many steps."""
+        self._last_decode = model.model
 
     def _paused(self, plan: Plan, model: ModelSnapshot, running: Running) -> bool:
         """Whether a sequence that has not decoded yet has to leave its blocks to the prefill that waits.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from muxserve.scheduler.policy.interface import Decision, JobEnded, PolicyOptions, Snapshot
+from muxserve.scheduler.policy.interface import Decision, Event, PolicyOptions, Snapshot
 from muxserve.scheduler.policy.pace import PrefillPace
 from muxserve.scheduler.policy.plan import Plan
 
@@ -27,7 +27,7 @@ class Fcfs:
         plan.end_leases(lambda model, running: True)
         return plan.decisions
 
-    def observe(self, event: JobEnded) -> None:
+    def observe(self, event: Event) -> None:
         """See `Policy`."""
         self._pace.observe(event)
 

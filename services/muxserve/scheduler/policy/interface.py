@@ -69,6 +69,8 @@ class Running:
     """As in `Waiting`."""
     tenant: str = ""
     """Whose it is."""
+    prompt: int = 0
+    """Tokens of its prompt. 0: unknown."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ class ModelSnapshot:
     def any_idle(self) -> bool:
         """Whether there is any such sequence."""
         return any(r.renew or not r.in_job for r in self.running)
+
+    @cached_property
+    def left(self) -> int:
+        """Tokens that those which decode may still generate."""
+        return sum(r.limit - r.length for r in self.running)
 
     @cached_property
     def begun(self) -> tuple[Waiting, ...]:
@@ -256,11 +263,28 @@ class JobEnded:
     steps: int = 1
     """Steps that ran; of a prefill job 1."""
     context: int = 0
-    """Tokens before those computed, summed over the sequences, at the job's end."""
+    """Tokens before those computed, summed over the sequences, at the job's start."""
     beside: float = 0.0
     """Part of `seconds`, 0 to 1, in which a job of the other kind ran too."""
     tenants: Mapping[str, int] = field(default_factory=dict)
     """`tokens` by tenant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request was served to its end."""
+
+    sequence: int
+    model: str
+    output: int
+    """Tokens that it generated."""
+    most: int
+    """Tokens that it might have generated."""
+    seconds: float
+    """From its arrival to its end."""
+
+
+Event = JobEnded | Finished
 
 
 class Policy(Protocol):
@@ -269,7 +293,7 @@ class Policy(Protocol):
     def decide(self, snapshot: Snapshot, now: float) -> Sequence[Decision]:
         """What to do now, in order. Called whenever something ended, arrived or was freed; cheap."""
 
-    def observe(self, event: JobEnded) -> None:
+    def observe(self, event: Event) -> None:
         """Learn from what happened."""
 
 
@@ -295,7 +319,7 @@ class PolicyOptions:
     """Least quota of a model, as a part of an equal share of the arena."""
     quantum: float = 1.0
     """`temporal`: seconds that a model has the device for while others want it."""
-    turn_seconds: float = 0.12
+    turn_seconds: float = 0.08
     """`mux`: seconds that one turn of every model that decodes should take in all."""
     stretch: float = 8.0
     """`mux`: how many times its time alone on the device a request may take, where its model has no targets:

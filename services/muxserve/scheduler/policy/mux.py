@@ -13,14 +13,18 @@ borrow, priorities, fairness, admission: see `PolicyOptions`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from muxserve.scheduler.policy.adbs import Adbs
+from muxserve.scheduler.policy.admission import Forecast, retry_after
 from muxserve.scheduler.policy.interface import (
     Decision,
+    Event,
     JobEnded,
     ModelSnapshot,
     PolicyOptions,
+    Running,
     Snapshot,
     Waiting,
 )
@@ -30,11 +34,17 @@ from muxserve.scheduler.policy.plan import Plan
 from muxserve.scheduler.policy.tenants import Tenants
 
 FULL = 0.7
-"""Part of `stretch` by which sequences that decode together may slow each other down; waiting takes the rest."""
+"""Part of `stretch` by which sequences that decode may slow each other down; waiting takes the rest."""
 RESERVE = 1.25
 """How far those that had little may go beyond that."""
 OLD = 20.0
 """Seconds after which a late request is served before any other."""
+MARGIN = 0.6
+"""Part of the time that a sequence has left in which it is to be finished."""
+BEHIND = 0.5
+"""Seconds of its pace that a model can be behind at most."""
+KEPT = 8192
+"""Sequences remembered."""
 LEAST_DUE = 0.2
 """Seconds that any request has until it is due."""
 
@@ -51,8 +61,15 @@ class Mux(Adbs):
         self._options = options
         self._pace = PrefillPace(options)
         self._latency = Latency()
+        self._forecast = Forecast(self._latency)
         self._tenants = Tenants()
         self._now = 0.0
+        self._dues: dict[int, float] = {}
+        """When sequences that decode are due, by number."""
+        self._paid: dict[str, float] = {}
+        """Until when each model has had the steps that it needs."""
+        self._paces: dict[str, tuple[int, float, float]] = {}
+        """By model: sequences, the steps per second that these need, and until when that holds."""
         self._rest_until = 0.0
         """Until when no prompt is computed, for the sake of what decodes."""
 
@@ -63,12 +80,61 @@ class Mux(Adbs):
             self._tenants.look(snapshot.models)
         return super().decide(snapshot, now)
 
-    def observe(self, event: JobEnded) -> None:
+    def observe(self, event: Event) -> None:
         """See `Policy`."""
         super().observe(event)
-        self._latency.observe(event)
-        if self._options.fairness:
+        self._forecast.observe(event)
+        if isinstance(event, JobEnded):
+            self._latency.observe(event)
             self._tenants.observe(event)
+
+    # Admission
+
+    def _admit(self, plan: Plan) -> None:
+        """Refuse new requests that cannot be finished before their deadline."""
+        if not self._options.admission:
+            return
+        fresh = {
+            w.sequence
+            for model in plan.models.values()
+            for w in model.waiting
+            if w.deadline < math.inf and not (w.open or w.emitted or self._forecast.admitted(w.sequence))
+        }
+        if not fresh:
+            return
+        # By when they are due: what is due before is ahead.
+        queue = sorted(
+            ((self._due(m, w), w.sequence, m, w) for m in plan.models.values() for w in m.waiting),
+            key=lambda each: each[:2],
+        )
+        ahead, wanted = 0.0, 0
+        for _, sequence, model, waiting in queue:
+            prompt = self._latency.prefill(model.model, waiting.tokens - waiting.computed)
+            if sequence in fresh and self._too_late(plan, model, waiting, ahead, wanted, prompt):
+                continue
+            ahead += prompt
+            wanted += not waiting.open
+
+    def _too_late(
+        self, plan: Plan, model: ModelSnapshot, waiting: Waiting, ahead: float, wanted: int, prompt: float
+    ) -> bool:
+        """Refuse a request if it would be. ahead, wanted: as in `Forecast.seconds`."""
+        output = self._forecast.output(model.model, waiting.limit - waiting.tokens)
+        seconds = self._forecast.seconds(
+            plan.models.values(),
+            ahead,
+            sum(plan.seated.values()),
+            wanted,
+            self._cycle(plan),
+            self._cycle_limit(plan, model),
+            (prompt, output),
+        )
+        late = self._now + seconds - waiting.deadline
+        if late > 0 and self._forecast.known(model.model):
+            plan.refuse(waiting, retry_after(late))
+            return True
+        self._forecast.admit(waiting.sequence, seconds)
+        return False
 
     # Prompts
 
@@ -99,7 +165,8 @@ class Mux(Adbs):
         """When its first token should be there at the latest, or all of it where that is what counts."""
         if model.ttft_target and not waiting.emitted:
             return waiting.arrival + model.ttft_target
-        alone = self._latency.alone(model.model, waiting.tokens, waiting.limit - waiting.tokens)
+        output = self._forecast.output(model.model, waiting.limit - waiting.tokens)
+        alone = self._latency.alone(model.model, waiting.tokens, output)
         return min(waiting.arrival + max(LEAST_DUE, self._options.stretch * alone), waiting.deadline)
 
     def _may_begin(self, plan: Plan, model: ModelSnapshot, waiting: Waiting) -> bool:
@@ -125,7 +192,55 @@ class Mux(Adbs):
         least = sum(self._latency.step(name, 1) for name, count in plan.seated.items() if count)
         return max(min([own, *targets]), 2 * least)
 
+    def _budget(self, plan: Plan, model: ModelSnapshot) -> int:
+        if not self._options.chunked:
+            return super()._budget(plan, model)
+        return self._pace.budget(model.model, self._options.turn_seconds)
+
     # Leases
+
+    def _decode_order(self, plan: Plan, able: list[str]) -> list[str]:
+        """Models that are behind the pace that their sequences need, the furthest first; then the one with
+        most sequences, whose steps give most for their time."""
+        if not self._options.turns:
+            return super()._decode_order(plan, able)
+        since = {name: self._now - max(self._now - BEHIND, self._paid.get(name, 0.0)) for name in able}
+        behind = {name: seconds * self._pace_of(plan.models[name]) for name, seconds in since.items()}
+        late = sorted((n for n in able if behind[n] > 0), key=lambda n: -behind[n])
+        return late + sorted((n for n in able if behind[n] <= 0), key=lambda n: -len(plan.models[n].running))
+
+    def _decoded(self, model: ModelSnapshot, steps: int) -> None:
+        super()._decoded(model, steps)
+        start = min(self._now, max(self._now - BEHIND, self._paid.get(model.model, 0.0)))
+        self._paid[model.model] = start + steps / self._pace_of(model)
+
+    def _pace_of(self, model: ModelSnapshot) -> float:
+        """Steps per second that the model needs for all of its sequences to be in time, with a margin."""
+        name, count = model.model, len(model.running)
+        known = self._paces.get(name)
+        if known is not None and known[0] == count and self._now < known[2]:
+            return known[1]
+        least = self._latency.step(name, 1)
+        usual = 1 / (self._options.stretch * least)
+        rates = [model.tpot_target and 1 / model.tpot_target, usual]
+        for r in model.running:
+            left, tokens = self._due_of(name, r) - self._now, r.limit - r.length
+            if left > tokens * least:  # others are late whatever is done
+                rates.append(tokens / left)
+        pace = min(max(rates) / MARGIN, 1 / least)
+        self._paces[name] = (count, pace, self._now + 0.1)
+        return pace
+
+    def _due_of(self, model: str, running: Running) -> float:
+        due = self._dues.get(running.sequence)
+        if due is None:
+            if len(self._dues) > KEPT:
+                self._dues.clear()
+            output = self._forecast.output(model, running.limit - running.prompt)
+            alone = self._latency.alone(model, running.prompt, output)
+            due = running.arrival + max(LEAST_DUE, self._options.stretch * alone)
+            self._dues[running.sequence] = due
+        return due
 
     def _steps(self, plan: Plan) -> int | None:
         if not self._options.turns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from muxserve.scheduler.policy.interface import JobEnded, PolicyOptions
+from muxserve.scheduler.policy.interface import Event, Finished, PolicyOptions
 
 FIRST = 128
 """Tokens of a model's first prefill jobs, before anything is known."""
@@ -21,18 +21,25 @@ class PrefillPace:
         self._options = options
         self._speed: dict[str, float] = {}
 
-    def observe(self, event: JobEnded) -> None:
+    def observe(self, event: Event) -> None:
         """Learn from a prefill job. Small ones say little about speed: their overhead dominates."""
-        if event.kind != "prefill" or event.tokens < LEAST or event.seconds <= 0:
+        if (
+            isinstance(event, Finished)
+            or event.kind != "prefill"
+            or event.tokens < LEAST
+            or event.seconds <= 0
+        ):
             return
         speed = event.tokens / event.seconds
         before = self._speed.get(event.model, speed)
         self._speed[event.model] = before + MEMORY * (speed - before)
 
-    def budget(self, model: str) -> int:
-        """Prompt tokens that the next prefill job of `model` may have."""
+    def budget(self, model: str, seconds: float | None = None) -> int:
+        """Prompt tokens that the next prefill job of `model` may have, to take `seconds` or what the options
+        say."""
         speed = self._speed.get(model)
-        wanted = FIRST if speed is None else int(speed * self._options.chunk_seconds)
+        aim = self._options.chunk_seconds if seconds is None else seconds
+        wanted = FIRST if speed is None else int(speed * aim)
         return max(1, min(self._options.chunk_tokens, max(LEAST, wanted)))
 
     def seconds(self, model: str, tokens: int) -> float:

@@ -20,6 +20,7 @@ from muxserve.scheduler.policy.interface import (
     AskAgain,
     Decision,
     DecodeJob,
+    Event,
     JobEnded,
     ModelSnapshot,
     PolicyOptions,
@@ -74,9 +75,11 @@ class Spatial:
             self._start(plan, prompts=False)
         return plan.decisions
 
-    def observe(self, event: JobEnded) -> None:
+    def observe(self, event: Event) -> None:
         """See `Policy`."""
         self._pace.observe(event)
+        if not isinstance(event, JobEnded):
+            return
         if event.kind == "decode" and event.steps:
             self._step[event.model] = event.seconds / event.steps
         for index, (model, kind, estimate) in enumerate(self._charged):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from muxserve.scheduler.policy.interface import (
     Decision,
-    JobEnded,
+    Event,
     ModelSnapshot,
     PolicyOptions,
     Snapshot,
@@ -59,7 +59,7 @@ class Temporal:
                 plan.decode(model, plan.idle(model), self._options.lease_steps, share=1.0)
         return plan.decisions
 
-    def observe(self, event: JobEnded) -> None:
+    def observe(self, event: Event) -> None:
         """See `Policy`."""
         self._pace.observe(event)
 

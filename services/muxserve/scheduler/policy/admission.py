@@ -1,0 +1,109 @@
+"""`Forecast`: when a request would be finished. What cannot be in time is refused at once.
+
+Between now and its end a request waits for the prompts that go before its own, and until enough of what
+decodes has ended for it to join; then it decodes at the pace of so many. All of that is estimated from the
+fitted latencies, and corrected by how such estimates came true.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from muxserve.scheduler.policy.interface import Finished, JobEnded, ModelSnapshot
+from muxserve.scheduler.policy.latency import Latency
+
+MEMORY = 0.05
+"""Weight of the newest observation."""
+MARGIN = 1.1
+"""Estimates are taken this much longer."""
+LEAST_RATIO, MOST_RATIO = 0.5, 4.0
+"""Of what came true to what was estimated."""
+FIRST_RETRY, LAST_RETRY = 0.2, 30.0
+"""Seconds after which a refused request may come again."""
+KEPT = 20_000
+"""Estimates remembered."""
+
+
+class Forecast:
+    """The estimates of one unit, and how they came true."""
+
+    def __init__(self, latency: Latency) -> None:
+        self._latency = latency
+        self._used: dict[str, float] = {}
+        """Part of the tokens that requests of a model may generate which they do."""
+        self._estimates: dict[int, float] = {}
+        """Seconds that admitted requests were to take."""
+        self._ratio = 1.0
+        self._beside = 0.0
+        """Part of their time in which decode jobs have a prefill job beside them."""
+
+    def observe(self, event: JobEnded | Finished) -> None:
+        """Learn from what ended."""
+        if isinstance(event, JobEnded):
+            if event.kind == "decode":
+                self._beside += MEMORY * (event.beside - self._beside)
+            return
+        used = event.output / max(1, event.most)
+        before = self._used.setdefault(event.model, used)
+        self._used[event.model] = before + MEMORY * (used - before)
+        if estimate := self._estimates.pop(event.sequence, 0.0):
+            ratio = min(MOST_RATIO, max(LEAST_RATIO, event.seconds / estimate))
+            self._ratio += MEMORY * (ratio - self._ratio)
+
+    def output(self, model: str, most: int) -> int:
+        """Tokens that a request will generate which may generate so many."""
+        return max(1, math.ceil(most * self._used.get(model, 1.0)))
+
+    def known(self, model: str) -> bool:
+        """Whether enough was seen of the model to refuse a request."""
+        return model in self._used and self._latency.known(model)
+
+    def admitted(self, sequence: int) -> bool:
+        """Whether it was decided on before."""
+        return sequence in self._estimates
+
+    def admit(self, sequence: int, seconds: float) -> None:
+        """It was to take so many seconds."""
+        if len(self._estimates) >= KEPT:
+            del self._estimates[next(iter(self._estimates))]
+        self._estimates[sequence] = seconds
+
+    @property
+    def prefill_pace(self) -> float:
+        """Seconds that a second of prefill takes beside what decodes."""
+        return self._latency.beside("prefill")
+
+    @property
+    def decode_pace(self) -> float:
+        """Seconds that a second of decode takes with the usual share of prefill beside it."""
+        return 1 + (self._latency.beside("decode") - 1) * self._beside
+
+    def seconds(
+        self,
+        models: Iterable[ModelSnapshot],
+        ahead: float,
+        seats: int,
+        wanted: int,
+        cycle: float,
+        limit: float,
+        own: tuple[float, int],
+    ) -> float:
+        """Seconds until the end of a request. ahead: seconds of prompts before its own. seats: sequences that
+        decode; wanted: that want to before it. cycle: seconds of a step of all that decode; limit: what it
+        may become. own: seconds of its prompt, tokens of its output."""
+        prompt, output = own
+        each = cycle / seats if seats else limit
+        fit = max(1.0, limit / each)
+        left = sum(m.left * self._used.get(m.model, 1.0) for m in models)
+        short = max(0.0, seats + wanted + 1 - fit)
+        leave = left / max(1, seats) * cycle * self.decode_pace / max(1, seats)
+        wait = max(ahead * self.prefill_pace, short * leave)
+        pace = min(max(limit, cycle), each * (seats + wanted + 1))
+        seconds = wait + prompt * self.prefill_pace + output * pace * self.decode_pace
+        return seconds * self._ratio * MARGIN
+
+
+def retry_after(late: float) -> float:
+    """Seconds after which a request that would have been so late may come again."""
+    return min(LAST_RETRY, max(FIRST_RETRY, late))
