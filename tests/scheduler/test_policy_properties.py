@@ -44,6 +44,15 @@ REGROUPED = (
 )
 """Two leases that each ended the other one before it did a step."""
 
+PASSED_OVER = (
+    "round_robin",
+    [Shape(1, 1, 1), Shape(7, 4, 1), Shape(8, 4, 1)],
+    [(0, 1, 1, 1), (0, 1, 30, 0), (0, 7, 11, 1), (1, 1, 7, 2), (1, 8, 19, 2), (2, 18, 16, 2)],
+    1.0,
+    0,
+)
+"""A model that was passed over often enough, while a prompt of another one was half computed."""
+
 
 def run(
     name: str, shape_list: list[Shape], load: list[tuple[int, int, int, int]], room: float, seed: int
@@ -80,6 +89,7 @@ def run(
 @settings(max_examples=400, deadline=None)
 @given(worlds)
 @example(REGROUPED)
+@example(PASSED_OVER)
 def test_every_request_finishes_and_blocks_never_exceed_the_pool(case: tuple[Any, ...]) -> None:
     world = run(*case)
     assert len(world.finished) + len(world.refused) == len(case[2])

@@ -43,8 +43,8 @@ log = structlog.get_logger(__name__)
 
 RESUME_GRACE = 10.0
 """Seconds that an attached gateway has to answer a resume query."""
-SCHEDULED_AHEAD = 4
-"""Requests that wait here at least, if there are any, even of a model with fewer slots."""
+AHEAD = 4
+"""Requests that wait here at most, as a multiple of their model's slots."""
 
 
 class Unit:
@@ -105,11 +105,12 @@ class Unit:
         return self.seats.connected and model in self._configs and model in self.seats.shapes
 
     def room(self, model: str) -> int:
-        """Requests of `model` to pull from its queue now: as many as could be waiting behind a full house."""
+        """Requests of `model` to pull from its queue now. What is not here cannot be refused in time, nor go
+        before others."""
         if not self.serves(model):
             return 0
         waiting = sum(r.sequence is None for r in self._requests.values() if r.model == model)
-        return max(0, max(SCHEDULED_AHEAD, self.seats.shapes[model].slots) - waiting)
+        return max(0, AHEAD * self.seats.shapes[model].slots - waiting)
 
     def known(self, model: str) -> set[str]:
         """Entries of `model` that are in good hands."""
@@ -249,7 +250,15 @@ class Unit:
 
     # Ends
 
+    def _tell_end(self, request: Request, expired: bool = False) -> None:
+        """Let the policy learn from it."""
+        seconds = asyncio.get_running_loop().time() - request.arrival
+        output, most = len(request.output), request.queued.max_tokens
+        ended = Finished(request.number, request.model, output, most, seconds, expired)
+        self._policy.observe(ended)
+
     def _expire(self, request: Request) -> None:
+        self._tell_end(request, expired=True)
         self.fail(request, code_pb2.DEADLINE_EXCEEDED, "the request's deadline passed")
 
     def _give_up_resume(self, request: Request) -> None:
@@ -269,10 +278,7 @@ class Unit:
         """It is over and its gateway was sent `event`; acknowledged when that has surely arrived."""
         self._drop(request)
         if event.HasField("tokens"):
-            seconds = asyncio.get_running_loop().time() - request.arrival
-            most = request.queued.max_tokens
-            finished = Finished(request.number, request.model, len(request.output), most, seconds)
-            self._policy.observe(finished)
+            self._tell_end(request)
         if event.HasField("tokens"):
             event = request.tokens(request.resumed_at, event.tokens.finish_reason)
         entry = (request.model, request.entry_id)

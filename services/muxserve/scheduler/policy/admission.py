@@ -15,12 +15,14 @@ from muxserve.scheduler.policy.latency import Latency
 
 MEMORY = 0.05
 """Weight of the newest observation."""
-MARGIN = 1.1
-"""Estimates are taken this much longer."""
+LATE = 0.03
+"""Part of the estimates that may come out too short: they are stretched until no more do."""
 LEAST_RATIO, MOST_RATIO = 0.5, 4.0
-"""Of what came true to what was estimated."""
+"""By how much estimates may be stretched."""
 FIRST_RETRY, LAST_RETRY = 0.2, 30.0
 """Seconds after which a refused request may come again."""
+HALF_LIFE = 3.0
+"""Seconds in which half of that is forgotten."""
 KEPT = 20_000
 """Estimates remembered."""
 
@@ -35,6 +37,8 @@ class Forecast:
         self._estimates: dict[int, float] = {}
         """Seconds that admitted requests were to take."""
         self._ratio = 1.0
+        """What to multiply the part of an estimate by that is due to others."""
+        self._seen = 0.0
         self._beside = 0.0
         """Part of their time in which decode jobs have a prefill job beside them."""
 
@@ -44,12 +48,14 @@ class Forecast:
             if event.kind == "decode":
                 self._beside += MEMORY * (event.beside - self._beside)
             return
-        used = event.output / max(1, event.most)
-        before = self._used.setdefault(event.model, used)
-        self._used[event.model] = before + MEMORY * (used - before)
+        if not event.expired:
+            used = event.output / max(1, event.most)
+            before = self._used.setdefault(event.model, used)
+            self._used[event.model] = before + MEMORY * (used - before)
         if estimate := self._estimates.pop(event.sequence, 0.0):
-            ratio = min(MOST_RATIO, max(LEAST_RATIO, event.seconds / estimate))
-            self._ratio += MEMORY * (ratio - self._ratio)
+            late = event.expired or event.seconds > estimate
+            change = MEMORY * (1.0 if late else -LATE / (1 - LATE))
+            self._ratio = min(MOST_RATIO, max(LEAST_RATIO, self._ratio * (1 + change)))
 
     def output(self, model: str, most: int) -> int:
         """Tokens that a request will generate which may generate so many."""
@@ -79,6 +85,11 @@ class Forecast:
         """Seconds that a second of decode takes with the usual share of prefill beside it."""
         return 1 + (self._latency.beside("decode") - 1) * self._beside
 
+    def look(self, now: float) -> None:
+        """Time passes: what was learned of a busy time fades."""
+        self._ratio = 1 + (self._ratio - 1) * 0.5 ** (max(0.0, now - self._seen) / HALF_LIFE)
+        self._seen = now
+
     def seconds(
         self,
         models: Iterable[ModelSnapshot],
@@ -87,21 +98,22 @@ class Forecast:
         wanted: int,
         cycle: float,
         limit: float,
-        own: tuple[float, int],
+        own: tuple[float, int, float],
     ) -> float:
         """Seconds until the end of a request. ahead: seconds of prompts before its own. seats: sequences that
         decode; wanted: that want to before it. cycle: seconds of a step of all that decode; limit: what it
-        may become. own: seconds of its prompt, tokens of its output."""
-        prompt, output = own
-        each = cycle / seats if seats else limit
+        may become. own: seconds of its prompt, tokens of its output, seconds of a step of it alone."""
+        prompt, output, step = own
+        each = cycle / seats if seats else step
         fit = max(1.0, limit / each)
         left = sum(m.left * self._used.get(m.model, 1.0) for m in models)
         short = max(0.0, seats + wanted + 1 - fit)
         leave = left / max(1, seats) * cycle * self.decode_pace / max(1, seats)
         wait = max(ahead * self.prefill_pace, short * leave)
-        pace = min(max(limit, cycle), each * (seats + wanted + 1))
+        pace = max(step, min(max(limit, cycle), each * (seats + wanted + 1)))
         seconds = wait + prompt * self.prefill_pace + output * pace * self.decode_pace
-        return seconds * self._ratio * MARGIN
+        alone = prompt + output * step
+        return alone + (seconds - alone) * self._ratio
 
 
 def retry_after(late: float) -> float:

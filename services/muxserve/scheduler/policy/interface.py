@@ -272,7 +272,7 @@ class JobEnded:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request was served to its end."""
+    """A request was served to its end, or to its deadline."""
 
     sequence: int
     model: str
@@ -282,6 +282,8 @@ class Finished:
     """Tokens that it might have generated."""
     seconds: float
     """From its arrival to its end."""
+    expired: bool = False
+    """Whether its deadline passed before it was done."""
 
 
 Event = JobEnded | Finished

@@ -102,6 +102,7 @@ class Mux(Adbs):
         }
         if not fresh:
             return
+        self._forecast.look(self._now)
         # By when they are due: what is due before is ahead.
         queue = sorted(
             ((self._due(m, w), w.sequence, m, w) for m in plan.models.values() for w in m.waiting),
@@ -127,7 +128,7 @@ class Mux(Adbs):
             wanted,
             self._cycle(plan),
             self._cycle_limit(plan, model),
-            (prompt, output),
+            (prompt, output, self._latency.step(model.model, 1)),
         )
         late = self._now + seconds - waiting.deadline
         if late > 0 and self._forecast.known(model.model):

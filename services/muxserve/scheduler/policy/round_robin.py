@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from muxserve.scheduler.policy.interface import Decision, Event, PolicyOptions, Snapshot
+from muxserve.scheduler.policy.interface import (
+    Decision,
+    Event,
+    ModelSnapshot,
+    PolicyOptions,
+    Snapshot,
+    Waiting,
+)
 from muxserve.scheduler.policy.pace import PrefillPace
 from muxserve.scheduler.policy.plan import Plan, rotated
 
@@ -39,22 +46,22 @@ class RoundRobin:
         self._pace.observe(event)
 
     def _prefill(self, plan: Plan) -> None:
+        closed = False
+
+        def fits(model: ModelSnapshot, waiting: Waiting, need: int) -> bool:
+            return not closed and need + plan.headroom() <= plan.available
+
         for name in rotated(plan.models, self._last_prefill):
             model = plan.models[name]
             queue = plan.queue(model)
-            budget = self._pace.budget(name)
-            chunks = plan.chunks(
-                model, queue, budget, lambda m, w, need: need + plan.headroom() <= plan.available
-            )
-            if chunks:
+            if chunks := plan.chunks(model, queue, self._pace.budget(name), fits):
                 plan.prefill(model, chunks)
                 self._last_prefill = name
                 self._passed[name] = 0
                 return
             if queue and plan.slots[name]:
                 self._passed[name] = self._passed.get(name, 0) + 1
-                if self._passed[name] > PATIENCE:
-                    return
+                closed = closed or self._passed[name] > PATIENCE
 
     def _decode(self, plan: Plan) -> None:
         settled = False
