@@ -123,7 +123,7 @@ async def test_a_cancelled_request_frees_its_blocks_wherever_it_is(setting: Sett
     await eventually(lambda: worker.available == 200)
 
     decoding = [await gateway.ask("a", [n], 500) for n in range(2)]
-    queued = await gateway.ask("a", [3], 400)
+    queued = await gateway.ask("a", [3], 500)  # the last to be due
     await decoding[1].reach(5)
     await queued.started.wait()
     await gateway.cancel(queued)
