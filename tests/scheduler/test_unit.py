@@ -15,6 +15,7 @@ from muxserve.common.rpc import channel
 from muxserve.scheduler.policy import POLICIES
 from muxserve.scheduler.scheduler import Scheduler
 from muxserve.scheduler.settings import SchedulerSettings
+from muxserve.scheduler.unit import AHEAD
 from muxserve.v1 import admin_pb2, common_pb2, scheduler_pb2, scheduler_pb2_grpc
 from tests.scheduler.conftest import Setting, eventually
 from tests.scheduler.fake_gateway import FakeGateway
@@ -240,12 +241,12 @@ async def test_only_as_many_requests_are_pulled_as_may_soon_run(setting: Setting
     await setting.place(worker)
     worker.gate.clear()
     gateway = FakeGateway(setting.queue)
-    clients = [await gateway.ask("a", [n], 5) for n in range(20)]
+    clients = [await gateway.ask("a", [n], 5) for n in range(4 + AHEAD * 4 + 12)]
     running = await setting.scheduler()
     await gateway.attach(running.address)
     await eventually(lambda: _depth(setting, 12))
     status = await running.status()
-    assert (status.models[0].running, status.models[0].waiting) == (4, 4)
+    assert (status.models[0].running, status.models[0].waiting) == (4, AHEAD * 4)
     worker.gate.set()
     async with asyncio.timeout(5):
         for client in clients:
