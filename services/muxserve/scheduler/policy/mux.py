@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from muxserve.scheduler.policy.adbs import Adbs
 from muxserve.scheduler.policy.admission import Forecast, retry_after
 from muxserve.scheduler.policy.interface import (
+    AskAgain,
     Decision,
     Event,
     JobEnded,
     ModelSnapshot,
     PolicyOptions,
+    PrefillJob,
     Running,
     Snapshot,
     Waiting,
@@ -43,6 +45,8 @@ MARGIN = 0.6
 """Part of the time that a sequence has left in which it is to be finished."""
 BEHIND = 0.5
 """Seconds of its pace that a model can be behind at most."""
+LEAST_PART = 0.2
+"""Part of the time, and of the device, that prefill and decode have at least when targets cannot be met."""
 KEPT = 8192
 """Sequences remembered."""
 LEAST_DUE = 0.2
@@ -138,6 +142,38 @@ class Mux(Adbs):
         return False
 
     # Prompts
+
+    def _prefill(self, plan: Plan) -> None:
+        if self._now < self._rest_until and self._target(plan):
+            if any(m.waiting for m in plan.models.values()):
+                plan.decisions.append(AskAgain(self._rest_until))
+            return
+        super()._prefill(plan)
+        if isinstance(job := plan.decisions[-1] if plan.decisions else None, PrefillJob):
+            self._rest_until = self._now + self._duty(plan, job)
+
+    def _target(self, plan: Plan) -> float:
+        """The shortest time per output token that something which decodes should have. 0: none."""
+        if not self._options.shares:
+            return 0.0
+        return min((m.tpot_target for m in plan.models.values() if m.tpot_target and m.running), default=0.0)
+
+    def _duty(self, plan: Plan, job: PrefillJob) -> float:
+        """Seconds until the next prefill job, so that those that decode keep their target on average."""
+        if not (target := self._target(plan)):
+            return 0.0
+        cycle = self._cycle(plan)
+        seconds = self._latency.prefill(job.model, sum(c.end - c.start for c in job.chunks))
+        extra = cycle * (self._latency.beside("decode") - 1)
+        part = max(LEAST_PART, min(1.0, (target - cycle) / max(extra, 1e-9)))
+        return seconds * self._latency.beside("prefill") / part if part < 1 else 0.0
+
+    def _shares(self, plan: Plan) -> tuple[float, float]:
+        """What decode needs of the device to keep its target, and the rest."""
+        if not (target := self._target(plan)):
+            return super()._shares(plan)
+        decode = min(1 - LEAST_PART, max(LEAST_PART, self._cycle(plan) / target))
+        return 1 - decode, decode
 
     def _order(self, plan: Plan) -> list[tuple[ModelSnapshot, list[Waiting]]]:
         if not (self._options.slack or self._options.fairness):

@@ -1,0 +1,195 @@
+"""What `mux` adds to ADBS, one thing at a time, and how it compares in simulated time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from muxserve.scheduler.policy import create
+from muxserve.scheduler.policy.interface import (
+    AskAgain,
+    Decision,
+    Finished,
+    JobEnded,
+    Policy,
+    PolicyOptions,
+    PrefillJob,
+    Refuse,
+)
+from tests.scheduler.timed import Arrival, TimedWorld, alone_seconds, attainment, skewed
+from tests.scheduler.world import Request, Shape, World
+
+SHAPE = Shape(21, 90, 64)
+BLOCKS = 94_000
+"""An arena of 512 MiB with SmolLM2-135M in it."""
+
+
+def mux(**options: bool) -> Policy:
+    return create("mux", PolicyOptions(**options))
+
+
+def first_prefill(decisions: list[Decision]) -> list[int]:
+    return [c.sequence for d in decisions if isinstance(d, PrefillJob) for c in d.chunks]
+
+
+def taught(policy: Policy, model: str = "a") -> Policy:
+    """It knows the device: 10 ms a step, 1 ms a token of a prompt."""
+    for _ in range(20):
+        policy.observe(JobEnded("prefill", model, 100, 0.1))
+        policy.observe(JobEnded("decode", model, 8, 0.08, 8, 100))
+    policy.observe(Finished(10_000, model, 10, 10, 1.0))
+    return policy
+
+
+def test_without_its_additions_it_decides_as_adbs_does() -> None:
+    logs = []
+    for name in ("adbs", "mux"):
+        policy = create(name, PolicyOptions().plain())
+        world = TimedWorld(policy, 20_000, {f"m{i}": SHAPE for i in range(4)})
+        world.play(skewed(1, 10, 3, 1.3))
+        logs.append(world.log)
+    assert logs[0] == logs[1]
+
+
+def test_a_short_request_goes_before_a_long_one_that_came_first() -> None:
+    for slack in (True, False):
+        world = World(taught(mux(slack=slack)), BLOCKS, {"a": SHAPE})
+        world.add("a", 500, 300)
+        world.now += 0.01
+        short = world.add("a", 10, 5)
+        assert (first_prefill(world.decide())[0] == short.number) == slack
+
+
+def test_what_is_late_already_lets_others_pass_until_it_is_old() -> None:
+    world = World(taught(mux()), BLOCKS, {"a": SHAPE})
+    late = world.add("a", 10, 5)
+    world.now += 10
+    fresh = world.add("a", 10, 5)
+    assert first_prefill(world.decide()) == [fresh.number, late.number]
+    world = World(taught(mux()), BLOCKS, {"a": SHAPE})
+    old = world.add("a", 10, 5)
+    world.now += 60
+    fresh = world.add("a", 10, 5)
+    assert first_prefill(world.decide()) == [old.number, fresh.number]
+
+
+def test_a_target_for_the_first_token_says_when_a_prompt_is_due() -> None:
+    shapes = {"a": replace(SHAPE, ttft=5.0), "b": replace(SHAPE, ttft=0.5)}
+    world = World(taught(mux()), BLOCKS, shapes)
+    world.add("a", 10, 5)
+    world.now += 0.1
+    urgent = world.add("b", 200, 50)
+    assert first_prefill(world.decide()) == [urgent.number]
+
+
+def test_higher_priority_goes_first() -> None:
+    for priorities in (True, False):
+        world = World(taught(mux(priorities=priorities)), BLOCKS, {"a": SHAPE})
+        world.add("a", 10, 5)
+        high = world.add("a", 300, 50, priority=1)
+        assert (first_prefill(world.decide())[0] == high.number) == priorities
+
+
+def test_a_tenant_that_had_more_waits_behind_one_that_had_less() -> None:
+    for fairness in (True, False):
+        policy = taught(mux(fairness=fairness))
+        world = World(policy, BLOCKS, {"a": SHAPE})
+        world.add("a", 300, 50, tenant="greedy")
+        world.decide()
+        policy.observe(JobEnded("decode", "a", 5000, 1.0, 500, 100, tenants={"greedy": 5000}))
+        world.advance(world.jobs[1])
+        world.add("a", 10, 5, tenant="greedy")
+        other = world.add("a", 100, 50, tenant="other")
+        order = [
+            n for d in world.decide() if isinstance(d, PrefillJob) for n in [c.sequence for c in d.chunks]
+        ]
+        assert order, "a prompt is computed"
+        assert (order[0] == other.number) == fairness
+
+
+def test_what_cannot_be_finished_in_time_is_refused_at_once_with_a_time_to_come_again() -> None:
+    world = World(taught(mux()), BLOCKS, {"a": SHAPE})
+    fits = world.add("a", 10, 10, deadline=1.0)
+    hopeless = world.add("a", 100, 100, deadline=0.5)
+    refused = [d for d in world.decide() if isinstance(d, Refuse)]
+    assert [d.sequence for d in refused] == [hopeless.number]
+    assert 0.1 <= refused[0].retry_after <= 30
+    assert fits.number in world.requests
+    world = World(taught(mux(admission=False)), BLOCKS, {"a": SHAPE})
+    world.add("a", 100, 100, deadline=0.5)
+    assert not any(isinstance(d, Refuse) for d in world.decide())
+
+
+def test_nothing_is_refused_before_the_device_is_known() -> None:
+    world = World(mux(), BLOCKS, {"a": SHAPE})
+    world.add("a", 100, 100, deadline=0.5)
+    assert not any(isinstance(d, Refuse) for d in world.decide())
+
+
+def test_prefill_rests_where_it_would_cost_others_their_target() -> None:
+    policy = taught(mux())
+    world = World(policy, BLOCKS, {"a": replace(SHAPE, tpot=0.012)})
+    running = world.add("a", 100, 200)
+    running.emitted, running.computed, running.open, running.groups = 1, 100, True, 5
+    world.add("a", 1000, 10)
+    decisions = world.decide()
+    (job,) = [d for d in decisions if isinstance(d, PrefillJob)]
+    assert job.share < 0.5, "decode needs most of the device"
+    world.advance(world.jobs[1] if isinstance(world.jobs[1].what, PrefillJob) else world.jobs[2])
+    world.now += 0.01
+    decisions = world.decide()
+    assert not any(isinstance(d, PrefillJob) for d in decisions)
+    assert any(isinstance(d, AskAgain) for d in decisions)
+    world.now = world.ask_at
+    assert any(isinstance(d, PrefillJob) for d in world.decide())
+
+
+def play(name: str, arrivals: list[Arrival], models: int = 4) -> list[Request]:
+    world = TimedWorld(create(name, PolicyOptions()), BLOCKS, {f"m{i}": SHAPE for i in range(models)})
+    world.play(arrivals)
+    return world.finished + world.refused
+
+
+def test_under_three_times_the_load_admitted_requests_are_in_time_and_service_is_normal_afterwards() -> None:
+    warm = skewed(9, 10, 2, 1.3)
+    rush = [replace(a, at=a.at + 12, deadline=5.0) for a in skewed(7, 40, 13, 1.3)]
+    after = [replace(a, at=a.at + 57, deadline=10.0) for a in skewed(8, 15, 1.5, 1.3)]
+    requests = play("mux", warm + rush + after)
+    rushed = [r for r in requests if 12 <= r.arrival < 52]
+    served = [r for r in rushed if r.end]
+    assert sum(r.end <= r.deadline for r in served) >= 0.95 * len(served)
+    assert len(served) > 0.3 * len(rushed)
+    assert attainment(r for r in requests if r.arrival >= 57) >= 0.97
+
+
+def test_a_tenant_that_floods_moves_the_others_first_tokens_little() -> None:
+    def ttft99(flood: bool) -> float:
+        arrivals = []
+        for number in range(4):
+            rate = 4.0 if flood and number == 0 else 0.4
+            arrivals += [replace(a, tenant=f"t{number}") for a in skewed(number, 60, rate, 1.3)]
+        requests = [r for r in play("mux", arrivals) if r.tenant != "t0"]
+        waits = sorted((r.first - r.arrival) / max(0.1, alone_seconds(r)) for r in requests)
+        return waits[math.ceil(0.99 * len(waits)) - 1]
+
+    assert ttft99(True) < 3 * ttft99(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [1.3, 2.1])
+def test_its_goodput_in_simulated_time_is_not_below_any_baseline(alpha: float) -> None:
+    def goodput(name: str) -> float:
+        rate = 0.5
+        while True:
+            met = [attainment(play(name, skewed(seed, 60, rate + 0.5, alpha))) for seed in (1, 2)]
+            if sum(met) / 2 < 0.99:
+                return rate
+            rate += 0.5
+
+    ours = goodput("mux")
+    assert ours >= 1.5 * goodput("spatial")
+    assert ours >= 1.3 * goodput("temporal")
+    for name in ("adbs", "fcfs", "round_robin"):
+        assert ours >= goodput(name)
