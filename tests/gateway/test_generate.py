@@ -43,6 +43,8 @@ async def test_a_queued_request_has_everything_a_scheduler_needs(up: Running) ->
         max_tokens=7,
         stop_token_ids=[5, 9],
         logprobs=0,
+        priority=-7,
+        tenant="acme",
         sampling=common_pb2.SamplingParams(temperature=0.0, top_k=3, seed=2**64 - 1, min_p=0.25),
     )
     request = (await up.scheduler.pull("smol")).request
@@ -51,6 +53,7 @@ async def test_a_queued_request_has_everything_a_scheduler_needs(up: Running) ->
     assert request.gateway_id == up.scheduler.gateway_id
     assert list(request.stop_token_ids) == [EOS, 5, 9]
     assert request.HasField("logprobs") and request.logprobs == 0
+    assert (request.priority, request.tenant) == (-7, "acme")
     sampling = request.sampling
     assert all(sampling.HasField(name) for name in ("temperature", "top_p", "seed", "repetition_penalty"))
     assert (sampling.temperature, sampling.top_p, sampling.repetition_penalty) == (0.0, 1.0, 1.0)
