@@ -57,6 +57,7 @@ class Serving:
 async def serving(
     model: Path, redis: Redis, valkey: ValkeyProcess, policy: str = "mux", /, **settings: object
 ) -> AsyncIterator[Serving]:
+    await redis.flushall()  # entries that were not acknowledged when the one before was taken down
     values: dict[str, object] = {"arena": 64 * 2**20, "slots": 40, "cores": 2} | settings
     async with running_worker(**values) as worker:
         shape = await worker.load("m", model)
