@@ -282,6 +282,9 @@ class Mux(Adbs):
     def _steps(self, plan: Plan) -> int | None:
         if not self._options.turns:
             return None
-        cycle = sum(self._latency.step(m.model, len(m.running)) for m in plan.models.values() if m.running)
         most = self._options.lease_steps
+        active = [m for m in plan.models.values() if m.running]
+        if len(active) == 1:  # nobody waits for a turn
+            return most
+        cycle = sum(self._latency.step(m.model, len(m.running)) for m in active)
         return max(min(2, most), min(most, round(self._options.turn_seconds / max(cycle, 1e-6))))
