@@ -53,6 +53,15 @@ PASSED_OVER = (
 )
 """A model that was passed over often enough, while a prompt of another one was half computed."""
 
+GAVE_WAY = (
+    "mux",
+    [Shape(1, 1, 2, 0.0), Shape(1, 1, 1, 0.0), Shape(1, 1, 1, 0.0)],
+    [(0, 1, 1, 0), (0, 1, 1, 0), (0, 1, 9, 0), (0, 9, 13, 0), (1, 25, 1, 1), (2, 25, 5, 0)],
+    2.0,
+    0,
+)
+"""A prompt that was half computed gives way to one that does not begin after all, and its own turn comes."""
+
 
 def run(
     name: str, shape_list: list[Shape], load: list[tuple[int, int, int, int]], room: float, seed: int
@@ -90,6 +99,7 @@ def run(
 @given(worlds)
 @example(REGROUPED)
 @example(PASSED_OVER)
+@example(GAVE_WAY)
 def test_every_request_finishes_and_blocks_never_exceed_the_pool(case: tuple[Any, ...]) -> None:
     world = run(*case)
     assert len(world.finished) + len(world.refused) == len(case[2])

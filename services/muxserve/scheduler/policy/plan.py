@@ -173,6 +173,8 @@ class Plan:
         chunks: list[Chunk] = []
         closed = False
         for waiting in queue:
+            if waiting.sequence in self._gone:  # for a model that came before in the order
+                continue
             if closed and not waiting.open:
                 continue
             left = waiting.tokens - waiting.computed
