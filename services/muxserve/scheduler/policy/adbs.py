@@ -122,20 +122,16 @@ class Adbs:
         return self._prefill_waiting is None and need + plan.headroom() <= plan.available
 
     def _decode(self, plan: Plan) -> None:
-        settled = False
-        while not settled:
-            decided = len(plan.decisions)
-            if not (able := plan.decodable()):
-                return
+        def start(able: list[str]) -> None:
             steps, share = self._steps(plan) or plan.turn_steps(), self._shares(plan)[1]
             for name in self._decode_order(plan, able):
                 model = plan.models[name]
                 batch = [r for r in plan.idle(model) if not self._paused(plan, model, r)]
                 if batch and plan.decode(model, batch, steps, share):
                     self._decoded(model, steps)
-                    break
-            # A preemption alone may let somebody decode who was passed over.
-            settled = len(plan.decisions) == decided
+                    return
+
+        plan.start_leases(start)
 
     def _decode_order(self, plan: Plan, able: list[str]) -> list[str]:
         """The models that could decode, in the order in which they may."""

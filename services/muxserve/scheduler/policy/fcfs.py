@@ -33,13 +33,13 @@ class Fcfs:
 
     def _decode(self, plan: Plan) -> None:
         """Models whose oldest sequence came first get leases."""
-        settled = False
-        while not settled:
-            decided = len(plan.decisions)
-            for name in sorted(plan.decodable(), key=lambda n: plan.idle(plan.models[n])[0].arrival):
+
+        def start(able: list[str]) -> None:
+            for name in sorted(able, key=lambda n: plan.idle(plan.models[n])[0].arrival):
                 if plan.decode(plan.models[name], plan.idle(plan.models[name])):
-                    break
-            settled = len(plan.decisions) == decided
+                    return
+
+        plan.start_leases(start)
 
     def _prefill(self, plan: Plan) -> None:
         """The model whose head came first gets a job; if that does not fit, nobody gets one."""

@@ -266,6 +266,15 @@ class Plan:
         self._started.update(sequences)
         return True
 
+    def start_leases(self, start: Callable[[list[str]], object]) -> None:
+        """Call `start` with the models that could decode, to give one of them a lease, until it decides
+        nothing more: a preemption alone may let somebody decode who was passed over."""
+        settled = False
+        while not settled and (able := self.decodable()):
+            decided = len(self.decisions)
+            start(able)
+            settled = len(self.decisions) == decided
+
     def end_leases(self, joins: Callable[[ModelSnapshot, Running], bool]) -> None:
         """End leases that keep a sequence for which `joins` from its batch. Each does a step at least:
         models whose batches change all the time get on too."""

@@ -64,11 +64,10 @@ class RoundRobin:
                 closed = closed or self._passed[name] > PATIENCE
 
     def _decode(self, plan: Plan) -> None:
-        settled = False
-        while not settled:
-            decided = len(plan.decisions)
-            for name in rotated(plan.decodable(), self._last_decode):
+        def start(able: list[str]) -> None:
+            for name in rotated(able, self._last_decode):
                 if plan.decode(plan.models[name], plan.idle(plan.models[name])):
                     self._last_decode = name
-                    break
-            settled = len(plan.decisions) == decided
+                    return
+
+        plan.start_leases(start)
