@@ -16,12 +16,10 @@ from muxserve.engine.cuda.graphs import Graphs
 from muxserve.engine.cuda.job import CudaJob
 from muxserve.engine.cuda.model import CudaModel
 from muxserve.engine.cuda.placing import Placing
-from muxserve.engine.cuda.sampling import Reading, Rows, RowShape, Sampled, to_step
+from muxserve.engine.cuda.sampling import Reading, Rows, RowShape, Sampled, most_logprobs, to_step
 from muxserve.engine.kernels.interface import KVCache, RaggedBatch
-from muxserve.engine.kernels.triton.advance import advance
 from muxserve.engine.kernels.triton.kernels import TritonKernels
 from muxserve.engine.kernels.triton.language import next_power_of_2
-from muxserve.engine.kernels.triton.sample import sample
 from muxserve.engine.kernels.triton.scratch import Scratch
 from muxserve.engine.messages import DecodeJob
 
@@ -47,7 +45,7 @@ class Decoding:
         self.kernels = TritonKernels(self._scratch)
         self._blocks = Rectangle(device, self.graphs.clear)
         self._history = Rectangle(device, self.graphs.clear)
-        self._reserve(64)
+        self._make_room(64)
 
     def run(self, job: CudaJob, model: CudaModel, notify: Callable[[], None]) -> None:
         """Run a job to its end; `notify` is called when there is something to collect. Raises JobError,
@@ -60,23 +58,24 @@ class Decoding:
         slots, lengths, limits = np.array(
             [(row.slot, row.length, row.limit) for row in message.rows], dtype=np.int64
         ).T
-        model.check(slots, lengths - 1, lengths, lengths + 1)
         # KV of this many tokens is there at the last step, if no row ends before.
         held = np.maximum(lengths, np.minimum(lengths + message.steps - 1, limits - 1))
-        model.check(slots, lengths - 1, lengths, held)
+        model.check(slots, lengths - 1, lengths, np.maximum(lengths + 1, held))
         tokens = model.known(slots, lengths - 1, lengths)
+        ids = model.block_ids(slots, held)
 
-        self._reserve(len(wanted))
+        if len(wanted) > self._rows.most:
+            self._make_room(len(wanted))
         lane = self._placing.lane(job.shares)
         padded, longest = _padded(len(wanted)), max(_SHORTEST, next_power_of_2(int(held.max())))
         shape = self._rows.fill(lengths, limits, wanted, padded, tokens=tokens, positions=lengths - 1)
-        cache = model.stage_blocks(self._blocks, lane, slots, held, padded, longest)
+        cache = model.stage_blocks(self._blocks, lane, ids, padded, longest)
         history = None
         if shape.penalised:
             history = model.stage_history(self._history, lane, slots, padded, longest)
         self._rows.upload(lane)
 
-        most_logprobs = min(max(one.logprobs for one in wanted), model.spec.vocab_size)
+        most = most_logprobs(wanted, model.spec.vocab_size)
         work = partial(self._step, model, shape, longest, cache, history)
         launched: deque[Reading] = deque()
         running = True
@@ -102,7 +101,7 @@ class Decoding:
                 lane = self._placing.lane(job.shares)
                 sampled = self.graphs.run(model.name, (shape, longest), lane, work)
                 launched.append(self._free.pop())
-                launched[-1].begin(lane, sampled, len(wanted), most_logprobs)
+                launched[-1].begin(lane, sampled, len(wanted), most)
                 if len(launched) > _AHEAD:
                     running = read()
             while launched:
@@ -115,7 +114,7 @@ class Decoding:
         self, model: CudaModel, shape: RowShape, longest: int, cache: KVCache, history: Tensor | None
     ) -> Sampled:
         """One token of each row, which are then ready for the next."""
-        count, rows, new = shape.rows, self._rows, self._scratch.new
+        count, rows = shape.rows, self._rows
         lengths, positions, tokens = (rows[name][:count] for name in ("lengths", "positions", "tokens"))
         slots = rows["slots"][:count]
         batch = RaggedBatch(
@@ -130,21 +129,14 @@ class Decoding:
         decoder = model.decoders["decode"]
         with self._scratch.frame():
             logits = decoder.logits(decoder.forward(tokens, batch, cache))
-            known = self._no_history if history is None else history
-            found = sample(logits, rows.batch(shape), lengths, known, new=new)
-            outcome = new((count,), dtype=torch.int64, device=self._device.torch)
-            advance(found, outcome, lengths, positions, tokens, history)
-        return Sampled(logits, found.tokens, outcome)
+            return rows.sample(shape, logits, history, self._scratch.new, moves=True)
 
-    def _reserve(self, rows: int) -> None:
-        """Make room for so many rows."""
-        if (current := getattr(self, "_rows", None)) is not None and rows <= current.most:
-            return
+    def _make_room(self, rows: int) -> None:
+        """For so many of them. What was captured over less is void."""
         most = _padded(rows)
         self.graphs.clear()
         self._rows = Rows(self._device, most)
         self._free = [Reading(self._device, most) for _ in range(_AHEAD + 1)]
-        self._no_history = torch.zeros((1, 1), dtype=torch.int32, device=self._device.torch)
 
 
 def _padded(rows: int) -> int:

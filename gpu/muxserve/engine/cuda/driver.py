@@ -34,6 +34,11 @@ class SmResource:
     minimum: int
     alignment: int
 
+    @property
+    def divides(self) -> bool:
+        """Whether it is enough for two lanes."""
+        return self.sms >= 2 * self.minimum
+
 
 class Driver:
     """What we use of the driver, for one device. Streams are integers (`CUstream`), errors DriverErrors.

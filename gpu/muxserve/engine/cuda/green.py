@@ -32,7 +32,7 @@ class GreenContexts:
         self._driver = driver
         whole = driver.sm_resource()
         self.sms = whole.sms
-        if whole.sms < 2 * whole.minimum:
+        if not whole.divides:
             raise DeviceError(
                 "partition", f"{whole.sms} SMs are too few for two lanes of at least {whole.minimum}"
             )

@@ -66,23 +66,9 @@ class CudaModel:
             raise JobError(f'a known token is not one of the {vocab} of model "{self.name}"')
         return tokens
 
-    def stage_blocks(
-        self, memory: Rectangle, lane: Lane, slots: Integers, held: Integers, rows: int, longest: int
-    ) -> KVCache:
-        """Begin to copy the block ids of the rows' first `held` tokens. rows, longest: what to make room for.
-        Raises UnallocatedBlockError."""
-        layout = self.layout
-        shape = (layout.layers, rows, layout.kv_heads, layout.spans(longest))
-        array, ids = memory.host(shape), self._ids(slots, held)
-        array[:, : len(slots), :, : ids.shape[3]] = ids
-        return self.cache(memory.upload(lane, shape))
-
-    def check_blocks(self, slots: Integers, held: Integers) -> None:
-        """Raises UnallocatedBlockError if one of the rows' first `held` tokens has no block."""
-        self._ids(slots, held)
-
-    def _ids(self, slots: Integers, held: Integers) -> NDArray[np.int32]:
-        """`[layers, rows, kv_heads, widest]`; those beyond a row's own spans are anything."""
+    def block_ids(self, slots: Integers, held: Integers) -> NDArray[np.int32]:
+        """Of the rows' first `held` tokens, `[layers, rows, kv_heads, widest]`; beyond a row's own spans they
+        are anything. Raises UnallocatedBlockError."""
         spans = -(-held // self.layout.tokens_per_block)
         widest = int(spans.max())
         ids: NDArray[np.int32] = self.tables.blocks[:, slots, :, :widest]
@@ -90,6 +76,16 @@ class CudaModel:
         if missing.any():
             raise UnallocatedBlockError(int(np.argmax(missing.any(axis=(1, 2, 3)))))
         return ids
+
+    def stage_blocks(
+        self, memory: Rectangle, lane: Lane, ids: NDArray[np.int32], rows: int, longest: int
+    ) -> KVCache:
+        """Begin to copy block ids, as `block_ids` gives them. rows, longest: what to make room for."""
+        layout = self.layout
+        shape = (layout.layers, rows, layout.kv_heads, layout.spans(longest))
+        array = memory.host(shape)
+        array[:, : ids.shape[1], :, : ids.shape[3]] = ids
+        return self.cache(memory.upload(lane, shape))
 
     def stage_history(
         self, memory: Rectangle, lane: Lane, slots: Integers, rows: int, longest: int

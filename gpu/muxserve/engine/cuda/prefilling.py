@@ -17,12 +17,10 @@ from muxserve.engine.cuda.graphs import Graphs
 from muxserve.engine.cuda.job import CudaJob
 from muxserve.engine.cuda.model import CudaModel
 from muxserve.engine.cuda.placing import Placing
-from muxserve.engine.cuda.sampling import Reading, Rows, RowShape, Sampled, to_step
+from muxserve.engine.cuda.sampling import Reading, Rows, RowShape, Sampled, most_logprobs, to_step
 from muxserve.engine.kernels.interface import KVCache, RaggedBatch
-from muxserve.engine.kernels.triton.advance import advance
 from muxserve.engine.kernels.triton.kernels import TritonKernels
 from muxserve.engine.kernels.triton.language import next_power_of_2
-from muxserve.engine.kernels.triton.sample import sample
 from muxserve.engine.kernels.triton.scratch import Scratch
 from muxserve.engine.messages import PrefillChunk, PrefillJob
 
@@ -77,7 +75,6 @@ class Prefilling:
         per_sequence = {"starts": (torch.int64, _SEQUENCES + 1), "contexts": (torch.int64, _SEQUENCES)}
         self._columns = Columns(device, {**per_token, **per_sequence})
         self._slots = torch.arange(_SEQUENCES, device=device.torch)
-        self._no_history = torch.zeros((1, 1), dtype=torch.int32, device=device.torch)
 
     def run(self, job: CudaJob, model: CudaModel, notify: Callable[[], None]) -> None:
         """Run a job to its end; `notify` is called when there is something to collect. Raises JobError,
@@ -90,15 +87,26 @@ class Prefilling:
         )
         sampled = np.array([c.sampling is not None for c in chunks], dtype=np.int64)
         model.check(slots, begins, ends, ends + sampled)
-        model.known(slots, begins, ends)
-        model.check_blocks(slots, ends)
+        known, ids = model.known(slots, begins, ends), model.block_ids(slots, ends)
+        done = 0
         for each in _passes(chunks):
             if job.stopped:
                 return
-            self._pass(job, model, each, notify)
+            tokens = known[done : done + each.tokens]  # passes take them in the same order
+            self._pass(job, model, each, tokens, ids[:, each.rows], notify)
+            done += each.tokens
         job.steps = 1
 
-    def _pass(self, job: CudaJob, model: CudaModel, each: _Pass, notify: Callable[[], None]) -> None:
+    def _pass(
+        self,
+        job: CudaJob,
+        model: CudaModel,
+        each: _Pass,
+        known: Integers,
+        ids: NDArray[np.int32],
+        notify: Callable[[], None],
+    ) -> None:
+        """known: the pass's tokens; ids: block ids of its rows."""
         message = job.message
         assert isinstance(message, PrefillJob)
         chunks = [message.chunks[row] for row in each.rows]
@@ -112,8 +120,9 @@ class Prefilling:
                 for least, size in ((16, tokens), (1, sequences), (_SHORT, longest))
             )
         lane = self._placing.lane(job.shares)
-        self._fill(model, slots, begins, ends, tokens, sequences)
-        cache = model.stage_blocks(self._blocks, lane, slots, ends, sequences, longest)
+        self._fill(known, begins, ends, tokens, sequences)
+        ids = ids[..., : model.layout.spans(int(ends.max()))]
+        cache = model.stage_blocks(self._blocks, lane, ids, sequences, longest)
         self._columns.upload(lane)
 
         last = np.cumsum(ends - begins) - 1
@@ -142,8 +151,7 @@ class Prefilling:
                 sampled = work()
         if sampled is None:
             return
-        most_logprobs = min(max(one.logprobs for one in wanted), model.spec.vocab_size)
-        self._reading.begin(lane, sampled, len(told), most_logprobs)
+        self._reading.begin(lane, sampled, len(told), most_logprobs(wanted, model.spec.vocab_size))
         step = to_step(job.number, slots[which], ends[which], wanted, *self._reading.end())
         assert step is not None
         model.write_tokens(step.slots, step.positions, step.tokens)
@@ -174,26 +182,13 @@ class Prefilling:
             picked = new((count, hidden.shape[1]), dtype=hidden.dtype)
             torch.index_select(hidden, 0, rows["places"][:count], out=picked)
             logits = decoder.logits(picked)
-            known = self._no_history if history is None else history
-            found = sample(logits, rows.batch(shape.sampled), rows["lengths"][:count], known, new=new)
-            outcome = new((count,), dtype=torch.int64)
-            advance(found, outcome)
-        return Sampled(logits, found.tokens, outcome)
+            return rows.sample(shape.sampled, logits, history, new, moves=False)
 
-    def _fill(
-        self,
-        model: CudaModel,
-        slots: Integers,
-        begins: Integers,
-        ends: Integers,
-        tokens: int,
-        sequences: int,
-    ) -> None:
-        """Columns of a pass, padded to `tokens` and `sequences`."""
+    def _fill(self, known: Integers, begins: Integers, ends: Integers, tokens: int, sequences: int) -> None:
+        """Columns of a pass, padded to `tokens` and `sequences`. known: its tokens."""
         host, counts = self._columns.host(), ends - begins
-        known = model.known(slots, begins, ends)
         starts = np.concatenate([[0], np.cumsum(counts)])
-        used, rows = len(known), len(slots)
+        used, rows = len(known), len(counts)
         host["tokens"][:used], host["tokens"][used:tokens] = known, 0
         host["positions"][:used] = np.arange(used) + np.repeat(begins - starts[:-1], counts)
         host["positions"][used:tokens] = -1

@@ -50,7 +50,7 @@ def _found(driver: Driver, mps: bool) -> Found:
     try:
         version, sms = driver.version(), driver.sm_count()
         whole = driver.sm_resource()
-        if whole.sms >= 2 * whole.minimum:
+        if whole.divides:
             driver.split(whole, whole.minimum)
     except DriverError as error:
         return Found(driver_version=version, sms=sms, mps=mps, missing=str(error))

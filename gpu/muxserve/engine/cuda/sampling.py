@@ -15,9 +15,9 @@ from muxserve.engine.cuda.columns import Columns
 from muxserve.engine.cuda.device import Device, Event
 from muxserve.engine.cuda.lanes import Lane
 from muxserve.engine.errors import JobError
-from muxserve.engine.kernels.triton.advance import ABSENT, BAD_SHIFT, FINISHED_SHIFT
-from muxserve.engine.kernels.triton.language import next_power_of_2
-from muxserve.engine.kernels.triton.sample import logprobs
+from muxserve.engine.kernels.triton.advance import ABSENT, BAD_SHIFT, FINISHED_SHIFT, advance
+from muxserve.engine.kernels.triton.language import New, next_power_of_2
+from muxserve.engine.kernels.triton.sample import logprobs, sample
 from muxserve.engine.messages import Sampling, Step, TokenLogprobs
 from muxserve.engine.sampler import GREEDY_BELOW, SamplingBatch
 
@@ -64,6 +64,7 @@ class Rows:
         counts = dict.fromkeys(_COLUMNS, most) | {"stop_ids": most * MOST_STOPS}
         types = {**_COLUMNS, "stop_ids": torch.int64}
         self._columns = Columns(device, {name: (types[name], count) for name, count in counts.items()})
+        self._no_history = torch.zeros((1, 1), dtype=torch.int32, device=device.torch)
 
     def __getitem__(self, name: str) -> Tensor:
         """The column on the device."""
@@ -107,8 +108,22 @@ class Rows:
         """Begin to copy what was filled in."""
         self._columns.upload(lane)
 
-    def batch(self, shape: RowShape) -> SamplingBatch:
-        """The rows, for `kernels.triton.sample`."""
+    def sample(
+        self, shape: RowShape, logits: Tensor, history: Tensor | None, new: New, *, moves: bool
+    ) -> Sampled:
+        """Put the sampling of a token for each row on the current lane. logits: float32 `[R, V]`; history:
+        int32 `[R, context]`, where rows are penalised. moves: rows are then ready for their next token."""
+        lengths, positions, tokens = (self[name][: shape.rows] for name in ("lengths", "positions", "tokens"))
+        known = self._no_history if history is None else history
+        found = sample(logits, self._batch(shape), lengths, known, new=new)
+        outcome = new((shape.rows,), dtype=torch.int64, device=logits.device)
+        if moves:
+            advance(found, outcome, lengths, positions, tokens, history)
+        else:
+            advance(found, outcome)
+        return Sampled(logits, found.tokens, outcome)
+
+    def _batch(self, shape: RowShape) -> SamplingBatch:
         of = {name: self._columns[name][: shape.rows] for name in _COLUMNS}
         none = of["slots"][:0]
         return SamplingBatch(
@@ -154,14 +169,14 @@ class Reading:
         self._logprobs: tuple[Tensor, Tensor, Tensor] | None = None
         self._rows = 0
 
-    def begin(self, lane: Lane, sampled: Sampled, rows: int, most_logprobs: int) -> None:
-        """Put the copies on the lane. most_logprobs: that any row wants, -1 = none does."""
+    def begin(self, lane: Lane, sampled: Sampled, rows: int, most: int) -> None:
+        """Put the copies on the lane. most: see `most_logprobs`."""
         self._rows = rows
         with self._device.on(lane), torch.inference_mode():
             self._outcome[:rows].copy_(sampled.outcome[:rows], non_blocking=True)
             self._logprobs = None
-            if most_logprobs >= 0:
-                found = logprobs(sampled.logits[:rows], sampled.tokens[:rows], most_logprobs)
+            if most >= 0:
+                found = logprobs(sampled.logits[:rows], sampled.tokens[:rows], most)
                 # By way of pageable memory: few ask, and that copy is done when the call returns.
                 self._logprobs = (found.chosen.cpu(), found.top_ids.cpu(), found.top.cpu())
         self._event.record(lane)
@@ -170,6 +185,11 @@ class Reading:
         """Wait for them: outcomes, int64 `[rows]`, to be read at once, and log-probabilities."""
         self._event.wait()
         return self._outcome[: self._rows].numpy(), self._logprobs
+
+
+def most_logprobs(wanted: Sequence[Sampling], vocabulary: int) -> int:
+    """That any row wants, -1 = none does."""
+    return min(max(one.logprobs for one in wanted), vocabulary)
 
 
 def to_step(
