@@ -24,6 +24,19 @@ def test_a_model_flag_has_a_name_a_path_and_options() -> None:
     ]
 
 
+def test_how_a_model_stays_loaded_is_said_in_a_flag_or_a_file_and_reaches_the_services(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "m").touch()
+    flags = parse_models([f"a={tmp_path / 'm'},pinned=true,priority=-3,keep_alive=2.5,min_resident=1"])
+    text = "models: [{name: a, path: m, pinned: true, priority: -3, keep_alive: 2.5, min_resident: 1}]"
+    configs = [from_yaml(tmp_path, text), read_deployment({"models": flags}, None)]
+    for (model,) in (config.models for config in configs):
+        proto = model.to_proto()
+        assert (proto.pinned, proto.residency_priority) == (True, -3)
+        assert (proto.keep_alive, proto.min_resident) == (2.5, 1)
+
+
 def test_commas_and_equal_signs_that_are_no_options_belong_to_the_path() -> None:
     assert parse_models(["a=/m/x,y/z=1.gguf"]) == [{"name": "a", "path": "/m/x,y/z=1.gguf"}]
 
@@ -59,6 +72,12 @@ def test_paths_in_a_file_are_relative_to_the_file(tmp_path: Path, monkeypatch: p
         ("models:\n- name: a b\n  path: m", r"cluster.yaml:2: models.0.name"),
         ("models:\n- {name: a, path: m}\n- {name: b}", r"models.1.path: required"),
         ("models: [{name: a, path: m, rate: .nan}]", "models.0.rate"),
+        ("models: [{name: a, path: m, pinned: 3}]", "models.0.pinned"),
+        ("models: [{name: a, path: m, priority: 101}]", "models.0.priority"),
+        ("models: [{name: a, path: m, priority: high}]", "models.0.priority"),
+        ("models:\n- {name: a, path: m}\n- {name: b, path: m, keep_alive: -1}", "models.1.keep_alive"),
+        ("models: [{name: a, path: m, keep_alive: .inf}]", "models.0.keep_alive"),
+        ("models: [{name: a, path: m, min_resident: 2}]", "models.0.min_resident: .*workers is 1"),
         ("models: [{name: a, path: nosuch}]", r"models.0.path: .*no such file"),
         ("models: [{name: a, path: m}]\nport: 70000", r"cluster.yaml:2: port"),
         ("models: [{name: a, path: m}]\nsettings: {worcer: {slots: 1}}", r"cluster.yaml:2: settings.worcer"),

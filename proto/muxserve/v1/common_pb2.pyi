@@ -284,6 +284,10 @@ class ModelConfig(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     TTFT_TARGET_FIELD_NUMBER: _builtins.int
     TPOT_TARGET_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    RESIDENCY_PRIORITY_FIELD_NUMBER: _builtins.int
+    KEEP_ALIVE_FIELD_NUMBER: _builtins.int
+    MIN_RESIDENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name in requests: 1 to 128 of letters, digits and "._/-:", unique."""
     path: _builtins.str
@@ -300,6 +304,16 @@ class ModelConfig(_message.Message):
     """Seconds from a request's arrival in which its first token should come. 0: no target."""
     tpot_target: _builtins.float
     """Seconds between two tokens of a sequence that should not be exceeded on average. 0: no target."""
+    pinned: _builtins.bool
+    """Its weights are never unloaded to make room for others, nor because it idles. An operator's SetPinned wins over it."""
+    residency_priority: _builtins.int
+    """Where room is needed, idle models of lower priority are put to sleep first: -100 to 100. 0 is the default. It has
+    nothing to do with the priority of requests.
+    """
+    keep_alive: _builtins.float
+    """Seconds without a request after which it may be put to sleep though nobody needs the room. 0: never."""
+    min_resident: _builtins.int
+    """Replicas of it that stay loaded whatever happens. 0: none has to."""
     def __init__(
         self,
         *,
@@ -311,10 +325,14 @@ class ModelConfig(_message.Message):
         max_context: _builtins.int = ...,
         ttft_target: _builtins.float = ...,
         tpot_target: _builtins.float = ...,
+        pinned: _builtins.bool = ...,
+        residency_priority: _builtins.int = ...,
+        keep_alive: _builtins.float = ...,
+        min_resident: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "max_context", b"max_context", "name", b"name", "path", b"path", "quota_blocks", b"quota_blocks", "rate", b"rate", "tpot_target", b"tpot_target", "ttft_target", b"ttft_target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "keep_alive", b"keep_alive", "max_context", b"max_context", "min_resident", b"min_resident", "name", b"name", "path", b"path", "pinned", b"pinned", "quota_blocks", b"quota_blocks", "rate", b"rate", "residency_priority", b"residency_priority", "tpot_target", b"tpot_target", "ttft_target", b"ttft_target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

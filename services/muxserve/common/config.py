@@ -48,10 +48,19 @@ class ModelEntry(BaseModel):
     """Seconds from a request's arrival in which its first token should come. 0: no target."""
     tpot_target: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Seconds between two tokens of a sequence that should not be exceeded on average. 0: no target."""
+    pinned: bool = False
+    """Whether its weights stay loaded, whoever needs the room and however long it idles."""
+    priority: int = Field(0, ge=-100, le=100)
+    """Where room is needed, idle models of lower priority are put to sleep first."""
+    keep_alive: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Seconds without a request after which it may be put to sleep though nobody needs the room. 0: never."""
+    min_resident: int = Field(0, ge=0, le=64)
+    """Replicas of it that stay loaded; at most one on each worker. 0: none has to."""
 
     def to_proto(self) -> common_pb2.ModelConfig:
         """As in RPCs and in the placement document."""
-        return common_pb2.ModelConfig(**self.model_dump())
+        fields = self.model_dump()
+        return common_pb2.ModelConfig(residency_priority=fields.pop("priority"), **fields)
 
 
 def _check_models(models: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
@@ -117,13 +126,23 @@ def read_deployment(flags: dict[str, Any], file: Path | None) -> DeploymentConfi
         model.model_copy(update={"path": str((base / Path(model.path).expanduser()).absolute())})
         for model in config.models
     )
-    missing = [
+    problems = [
         Problem(f"models.{index}.path", f'model "{model.name}": no such file or directory: {model.path}', "")
         for index, model in enumerate(models)
         if not Path(model.path).exists()
     ]
-    if missing:
-        raise SettingsError(missing)
+    problems += [
+        Problem(
+            f"models.{index}.min_resident",
+            f'model "{model.name}": {model.min_resident} replicas need as many workers; workers is'
+            f" {config.workers}",
+            "",
+        )
+        for index, model in enumerate(models)
+        if model.min_resident > config.workers
+    ]
+    if problems:
+        raise SettingsError(problems)
     return config.model_copy(update={"models": models})
 
 
