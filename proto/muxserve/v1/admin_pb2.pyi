@@ -23,6 +23,58 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _MigrationPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MigrationPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MigrationPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MIGRATION_PHASE_UNSPECIFIED: _MigrationPhase.ValueType  # 0
+    """Not used."""
+    MIGRATION_PHASE_PLANNED: _MigrationPhase.ValueType  # 1
+    """Others come first."""
+    MIGRATION_PHASE_LOADING: _MigrationPhase.ValueType  # 2
+    """The target loads the model. The source serves it."""
+    MIGRATION_PHASE_HANDING_OVER: _MigrationPhase.ValueType  # 3
+    """The target serves it. The source takes no new requests and hands back those that wait; those that run there may
+    finish until drain_until.
+    """
+    MIGRATION_PHASE_DRAINING: _MigrationPhase.ValueType  # 4
+    """The source hands back what still runs there: the target recomputes it and goes on."""
+    MIGRATION_PHASE_UNLOADING: _MigrationPhase.ValueType  # 5
+    """The source has no sequence of the model any more and unloads it. This cannot be rolled back."""
+    MIGRATION_PHASE_ROLLING_BACK: _MigrationPhase.ValueType  # 6
+    """The source serves again; the target hands back what it has, and unloads."""
+    MIGRATION_PHASE_DONE: _MigrationPhase.ValueType  # 7
+    """Ended as it was to."""
+    MIGRATION_PHASE_ROLLED_BACK: _MigrationPhase.ValueType  # 8
+    """Ended as it began; `error` says why."""
+
+class MigrationPhase(_MigrationPhase, metaclass=_MigrationPhaseEnumTypeWrapper):
+    """How far a migration is."""
+
+MIGRATION_PHASE_UNSPECIFIED: MigrationPhase.ValueType  # 0
+"""Not used."""
+MIGRATION_PHASE_PLANNED: MigrationPhase.ValueType  # 1
+"""Others come first."""
+MIGRATION_PHASE_LOADING: MigrationPhase.ValueType  # 2
+"""The target loads the model. The source serves it."""
+MIGRATION_PHASE_HANDING_OVER: MigrationPhase.ValueType  # 3
+"""The target serves it. The source takes no new requests and hands back those that wait; those that run there may
+finish until drain_until.
+"""
+MIGRATION_PHASE_DRAINING: MigrationPhase.ValueType  # 4
+"""The source hands back what still runs there: the target recomputes it and goes on."""
+MIGRATION_PHASE_UNLOADING: MigrationPhase.ValueType  # 5
+"""The source has no sequence of the model any more and unloads it. This cannot be rolled back."""
+MIGRATION_PHASE_ROLLING_BACK: MigrationPhase.ValueType  # 6
+"""The source serves again; the target hands back what it has, and unloads."""
+MIGRATION_PHASE_DONE: MigrationPhase.ValueType  # 7
+"""Ended as it was to."""
+MIGRATION_PHASE_ROLLED_BACK: MigrationPhase.ValueType  # 8
+"""Ended as it began; `error` says why."""
+Global___MigrationPhase: _TypeAlias = MigrationPhase  # noqa: Y015
+
 class _QuotaState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -165,9 +217,34 @@ class Placement(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class PinnedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bool
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EPOCH_FIELD_NUMBER: _builtins.int
     UNITS_FIELD_NUMBER: _builtins.int
     UNPLACED_FIELD_NUMBER: _builtins.int
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    PLANNED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    DRAINED_WORKERS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Grows with each change. 0: nothing is placed yet."""
     @_builtins.property
@@ -178,20 +255,111 @@ class Placement(_message.Message):
     def unplaced(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacedModel]:
         """Models that could not be placed; state FAILED and a reason."""
 
+    @_builtins.property
+    def migration(self) -> Global___Migration:
+        """Under way: at most one."""
+
+    @_builtins.property
+    def planned(self) -> _containers.RepeatedCompositeFieldContainer[Global___Migration]:
+        """To follow it, in order; their phase is PLANNED."""
+
+    @_builtins.property
+    def ended(self) -> _containers.RepeatedCompositeFieldContainer[Global___Migration]:
+        """The latest that have ended, newest first."""
+
+    @_builtins.property
+    def drained_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of workers that are to have no models."""
+
+    @_builtins.property
+    def pinned(self) -> _containers.ScalarMap[_builtins.str, _builtins.bool]:
+        """What SetPinned said, by model name. Others are pinned as their configuration says."""
+
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         units: _abc.Iterable[Global___Unit] | None = ...,
         unplaced: _abc.Iterable[Global___PlacedModel] | None = ...,
+        migration: Global___Migration | None = ...,
+        planned: _abc.Iterable[Global___Migration] | None = ...,
+        ended: _abc.Iterable[Global___Migration] | None = ...,
+        drained_workers: _abc.Iterable[_builtins.str] | None = ...,
+        pinned: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "units", b"units", "unplaced", b"unplaced"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained_workers", b"drained_workers", "ended", b"ended", "epoch", b"epoch", "migration", b"migration", "pinned", b"pinned", "planned", b"planned", "units", b"units", "unplaced", b"unplaced"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Placement: _TypeAlias = Placement  # noqa: Y015
+
+@_typing.final
+class Migration(_message.Message):
+    """A model's way from one worker to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SOURCE_WORKER_FIELD_NUMBER: _builtins.int
+    TARGET_WORKER_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    BEGAN_UNIX_MS_FIELD_NUMBER: _builtins.int
+    DRAIN_SECONDS_FIELD_NUMBER: _builtins.int
+    DRAIN_UNTIL_UNIX_MS_FIELD_NUMBER: _builtins.int
+    ENDED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Unique."""
+    model: _builtins.str
+    """Name of the model."""
+    source_worker: _builtins.str
+    """Id of the worker that it leaves. Empty: it is loaded on one more."""
+    target_worker: _builtins.str
+    """Id of the worker that it goes to. Empty: it is unloaded."""
+    phase: Global___MigrationPhase.ValueType
+    """How far it is."""
+    author: _builtins.str
+    """Who asked for it: "admin", "drain" or "rebalance"."""
+    reason: _builtins.str
+    """Why, for people."""
+    began_unix_ms: _builtins.int
+    """When it was asked for, in milliseconds of Unix time."""
+    drain_seconds: _builtins.float
+    """Seconds that sequences on the source have to finish. 0: they are handed over at once."""
+    drain_until_unix_ms: _builtins.int
+    """When that time is over, in milliseconds of Unix time. 0 before HANDING_OVER."""
+    ended_unix_ms: _builtins.int
+    """When it ended, in milliseconds of Unix time. 0: it has not."""
+    error: _builtins.str
+    """Why it is rolled back. Empty: it is not."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        source_worker: _builtins.str = ...,
+        target_worker: _builtins.str = ...,
+        phase: Global___MigrationPhase.ValueType = ...,
+        author: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        began_unix_ms: _builtins.int = ...,
+        drain_seconds: _builtins.float = ...,
+        drain_until_unix_ms: _builtins.int = ...,
+        ended_unix_ms: _builtins.int = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "began_unix_ms", b"began_unix_ms", "drain_seconds", b"drain_seconds", "drain_until_unix_ms", b"drain_until_unix_ms", "ended_unix_ms", b"ended_unix_ms", "error", b"error", "id", b"id", "model", b"model", "phase", b"phase", "reason", b"reason", "source_worker", b"source_worker", "target_worker", b"target_worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Migration: _TypeAlias = Migration  # noqa: Y015
 
 @_typing.final
 class Unit(_message.Message):
@@ -244,12 +412,20 @@ class PlacedModel(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
+    DRAIN_UNTIL_UNIX_MS_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     state: _inference_pb2.ModelState.ValueType
     """How far it is."""
     reason: _builtins.str
     """Why it FAILED."""
     field: _builtins.str
     """Field at fault where it FAILED for bad input (for example "path")."""
+    drain_until_unix_ms: _builtins.int
+    """Where it is DRAINING or ASLEEP: when its scheduler hands back what still runs here, in milliseconds of Unix time. What
+    waits is handed back at once. 0: what runs, too.
+    """
+    expected_wait_seconds: _builtins.float
+    """Where it is ASLEEP or LOADING: seconds that a request which comes now is likely to wait for it. 0: not known."""
     @_builtins.property
     def config(self) -> _common_pb2.ModelConfig:
         """What is served."""
@@ -266,10 +442,12 @@ class PlacedModel(_message.Message):
         reason: _builtins.str = ...,
         shape: _common_pb2.ModelShape | None = ...,
         field: _builtins.str = ...,
+        drain_until_unix_ms: _builtins.int = ...,
+        expected_wait_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "field", b"field", "reason", b"reason", "shape", b"shape", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "drain_until_unix_ms", b"drain_until_unix_ms", "expected_wait_seconds", b"expected_wait_seconds", "field", b"field", "reason", b"reason", "shape", b"shape", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -546,3 +724,502 @@ class SetQuotaResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetQuotaResponse: _TypeAlias = SetQuotaResponse  # noqa: Y015
+
+@_typing.final
+class PlanRequest(_message.Message):
+    """Asks for a plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRequest: _TypeAlias = PlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanResponse(_message.Message):
+    """What would be moved, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    WORTHWHILE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
+    served: _builtins.float
+    """Requests per second that are served now, as predicted."""
+    gain: _builtins.float
+    """Requests per second that more would be served after the moves, as predicted."""
+    cost: _builtins.float
+    """Requests that carrying the moves out would cost, as predicted: what is not served meanwhile, or served twice."""
+    worthwhile: _builtins.bool
+    """Whether the gain outweighs the cost, so that rebalancing would do it by itself."""
+    reason: _builtins.str
+    """The judgement in words."""
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]:
+        """In order. Empty: nothing better is known, or nothing that is worth its cost."""
+
+    @_builtins.property
+    def traffic(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelTraffic]:
+        """What is known of the traffic of each model, by name."""
+
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+        served: _builtins.float = ...,
+        gain: _builtins.float = ...,
+        cost: _builtins.float = ...,
+        worthwhile: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        traffic: _abc.Iterable[Global___ModelTraffic] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "gain", b"gain", "moves", b"moves", "reason", b"reason", "served", b"served", "traffic", b"traffic", "worthwhile", b"worthwhile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanResponse: _TypeAlias = PlanResponse  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    """A model that is to go elsewhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SOURCE_WORKER_FIELD_NUMBER: _builtins.int
+    TARGET_WORKER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model. Required."""
+    source_worker: _builtins.str
+    """Id of the worker that it leaves. In requests, empty: the one that it is on (INVALID_ARGUMENT where it is on several).
+    In plans, empty: it is loaded on one more.
+    """
+    target_worker: _builtins.str
+    """Id of the worker that it goes to. Required in requests. In plans, empty: it is unloaded."""
+    reason: _builtins.str
+    """Why, for people. Ignored in requests."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        source_worker: _builtins.str = ...,
+        target_worker: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "reason", b"reason", "source_worker", b"source_worker", "target_worker", b"target_worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
+
+@_typing.final
+class ModelTraffic(_message.Message):
+    """What is known of a model's traffic."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    RECENT_RATE_FIELD_NUMBER: _builtins.int
+    BURST_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model."""
+    rate: _builtins.float
+    """Requests per second, averaged over minutes."""
+    recent_rate: _builtins.float
+    """Requests per second, averaged over seconds."""
+    burst: _builtins.bool
+    """Whether the recent rate is more than chance makes of the other."""
+    prompt_tokens: _builtins.float
+    """Mean tokens of a prompt. 0: none came yet."""
+    output_tokens: _builtins.float
+    """Mean tokens of an output. 0: none came yet."""
+    waiting: _builtins.int
+    """Requests that wait now."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        rate: _builtins.float = ...,
+        recent_rate: _builtins.float = ...,
+        burst: _builtins.bool = ...,
+        prompt_tokens: _builtins.float = ...,
+        output_tokens: _builtins.float = ...,
+        waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["burst", b"burst", "model", b"model", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "rate", b"rate", "recent_rate", b"recent_rate", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelTraffic: _TypeAlias = ModelTraffic  # noqa: Y015
+
+@_typing.final
+class RebalanceRequest(_message.Message):
+    """Asks to move models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    DRAIN_SECONDS_FIELD_NUMBER: _builtins.int
+    drain_seconds: _builtins.float
+    """Seconds that sequences on a source have to finish. Absent: as the placement service is configured."""
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]:
+        """In order. Empty: what Plan says, if it is worthwhile."""
+
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+        drain_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds", "moves", b"moves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drain_seconds: _TypeAlias = _typing.Literal["drain_seconds"]  # noqa: Y015
+    _WhichOneofArgType__drain_seconds: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain_seconds) -> _WhichOneofReturnType__drain_seconds | None: ...
+
+Global___RebalanceRequest: _TypeAlias = RebalanceRequest  # noqa: Y015
+
+@_typing.final
+class RebalanceResponse(_message.Message):
+    """Something happened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___MigrationEvent:
+        """What."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___MigrationEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceResponse: _TypeAlias = RebalanceResponse  # noqa: Y015
+
+@_typing.final
+class MigrationEvent(_message.Message):
+    """A migration that has begun, has come a phase further, or has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    ended: _builtins.int
+    """How many of the migrations that were asked for have ended."""
+    total: _builtins.int
+    """How many were asked for. 0: it is not known yet how many it takes."""
+    @_builtins.property
+    def migration(self) -> Global___Migration:
+        """As it is now."""
+
+    def __init__(
+        self,
+        *,
+        migration: Global___Migration | None = ...,
+        ended: _builtins.int = ...,
+        total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "migration", b"migration", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrationEvent: _TypeAlias = MigrationEvent  # noqa: Y015
+
+@_typing.final
+class AdminServiceLoadModelRequest(_message.Message):
+    """Asks to load a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Its name. Required."""
+    worker: _builtins.str
+    """Id of the worker. Required."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        worker: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminServiceLoadModelRequest: _TypeAlias = AdminServiceLoadModelRequest  # noqa: Y015
+
+@_typing.final
+class AdminServiceLoadModelResponse(_message.Message):
+    """Something happened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___MigrationEvent:
+        """What."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___MigrationEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminServiceLoadModelResponse: _TypeAlias = AdminServiceLoadModelResponse  # noqa: Y015
+
+@_typing.final
+class AdminServiceUnloadModelRequest(_message.Message):
+    """Asks to unload a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    DRAIN_SECONDS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Its name. Required."""
+    worker: _builtins.str
+    """Id of the worker. Empty: the one that it is on (INVALID_ARGUMENT where it is on several)."""
+    drain_seconds: _builtins.float
+    """Seconds that its sequences there have to finish. Absent: as the placement service is configured."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        worker: _builtins.str = ...,
+        drain_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds", "model", b"model", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drain_seconds: _TypeAlias = _typing.Literal["drain_seconds"]  # noqa: Y015
+    _WhichOneofArgType__drain_seconds: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain_seconds) -> _WhichOneofReturnType__drain_seconds | None: ...
+
+Global___AdminServiceUnloadModelRequest: _TypeAlias = AdminServiceUnloadModelRequest  # noqa: Y015
+
+@_typing.final
+class AdminServiceUnloadModelResponse(_message.Message):
+    """Something happened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___MigrationEvent:
+        """What."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___MigrationEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminServiceUnloadModelResponse: _TypeAlias = AdminServiceUnloadModelResponse  # noqa: Y015
+
+@_typing.final
+class SetPinnedRequest(_message.Message):
+    """Asks to pin a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Its name. Required."""
+    pinned: _builtins.bool
+    """False: it is not pinned any more."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pinned", b"pinned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPinnedRequest: _TypeAlias = SetPinnedRequest  # noqa: Y015
+
+@_typing.final
+class SetPinnedResponse(_message.Message):
+    """The model is pinned, or is not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The placement's epoch that says so."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPinnedResponse: _TypeAlias = SetPinnedResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    """Asks to drain a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
+    DRAIN_SECONDS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """Its id. Required."""
+    undo: _builtins.bool
+    """True: it may have models again. A drain that is under way ends; the migration of the moment is rolled back if it can be."""
+    drain_seconds: _builtins.float
+    """Seconds that its sequences have to finish before they go on elsewhere. Absent: as the placement service is configured."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        undo: _builtins.bool = ...,
+        drain_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds", "undo", b"undo", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drain_seconds: _TypeAlias = _typing.Literal["drain_seconds"]  # noqa: Y015
+    _WhichOneofArgType__drain_seconds: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain_seconds) -> _WhichOneofReturnType__drain_seconds | None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    """Something happened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    HELD_BLOCKS_FIELD_NUMBER: _builtins.int
+    MODELS_LEFT_FIELD_NUMBER: _builtins.int
+    held_blocks: _builtins.int
+    """Blocks that the worker's sequences hold. In the last message, 0 unless it was an undo."""
+    models_left: _builtins.int
+    """Models that are still there."""
+    @_builtins.property
+    def event(self) -> Global___MigrationEvent:
+        """What. Absent in the last message."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___MigrationEvent | None = ...,
+        held_blocks: _builtins.int = ...,
+        models_left: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "held_blocks", b"held_blocks", "models_left", b"models_left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class CancelMigrationRequest(_message.Message):
+    """Asks to cancel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The migration under way. Empty: whichever it is."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelMigrationRequest: _TypeAlias = CancelMigrationRequest  # noqa: Y015
+
+@_typing.final
+class CancelMigrationResponse(_message.Message):
+    """It is being rolled back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def migration(self) -> Global___Migration:
+        """As it is now."""
+
+    def __init__(
+        self,
+        *,
+        migration: Global___Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelMigrationResponse: _TypeAlias = CancelMigrationResponse  # noqa: Y015

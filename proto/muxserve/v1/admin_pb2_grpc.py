@@ -55,6 +55,41 @@ class AdminServiceStub(object):
                 request_serializer=muxserve_dot_v1_dot_admin__pb2.SetQuotaRequest.SerializeToString,
                 response_deserializer=muxserve_dot_v1_dot_admin__pb2.SetQuotaResponse.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/muxserve.v1.AdminService/Plan',
+                request_serializer=muxserve_dot_v1_dot_admin__pb2.PlanRequest.SerializeToString,
+                response_deserializer=muxserve_dot_v1_dot_admin__pb2.PlanResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_stream(
+                '/muxserve.v1.AdminService/Rebalance',
+                request_serializer=muxserve_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=muxserve_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
+        self.LoadModel = channel.unary_stream(
+                '/muxserve.v1.AdminService/LoadModel',
+                request_serializer=muxserve_dot_v1_dot_admin__pb2.AdminServiceLoadModelRequest.SerializeToString,
+                response_deserializer=muxserve_dot_v1_dot_admin__pb2.AdminServiceLoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_stream(
+                '/muxserve.v1.AdminService/UnloadModel',
+                request_serializer=muxserve_dot_v1_dot_admin__pb2.AdminServiceUnloadModelRequest.SerializeToString,
+                response_deserializer=muxserve_dot_v1_dot_admin__pb2.AdminServiceUnloadModelResponse.FromString,
+                _registered_method=True)
+        self.SetPinned = channel.unary_unary(
+                '/muxserve.v1.AdminService/SetPinned',
+                request_serializer=muxserve_dot_v1_dot_admin__pb2.SetPinnedRequest.SerializeToString,
+                response_deserializer=muxserve_dot_v1_dot_admin__pb2.SetPinnedResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/muxserve.v1.AdminService/Drain',
+                request_serializer=muxserve_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=muxserve_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.CancelMigration = channel.unary_unary(
+                '/muxserve.v1.AdminService/CancelMigration',
+                request_serializer=muxserve_dot_v1_dot_admin__pb2.CancelMigrationRequest.SerializeToString,
+                response_deserializer=muxserve_dot_v1_dot_admin__pb2.CancelMigrationResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -90,6 +125,63 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """Which moves would serve the traffic of now better, and by how much. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Moves models, one after the other, and streams what happens until all moves have ended; a client that goes away
+        stops none of them. Ends with OK even where moves were rolled back: the events say so. NOT_FOUND: no such model or
+        worker. FAILED_PRECONDITION: migrations are already under way; the model is not on the source, or on the target
+        already; the target is drained or has no room. UNAVAILABLE: a worker does not answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadModel(self, request, context):
+        """Loads a model on one more worker, or wakes it where it is asleep, and streams what happens. Errors as of Rebalance.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a model off a worker and streams what happens. Where that was its only place it stays there, asleep: the next
+        request wakes it. NOT_FOUND: no such model or worker. FAILED_PRECONDITION: migrations are already under way; the
+        model is not there; it is pinned or has a min_resident, and too few other workers have it loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPinned(self, request, context):
+        """Pins a model, or lifts that: a pinned model is never put to sleep, and moved only by hand. NOT_FOUND: no such model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Moves all models off a worker, which gets none until this is undone, and streams what happens until it has none. It
+        goes on if the client goes away. NOT_FOUND: no such worker. FAILED_PRECONDITION: a model has nowhere to go (nothing
+        changes then). UNAVAILABLE: a worker does not answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelMigration(self, request, context):
+        """Rolls back the migration under way and drops those that are to follow it. NOT_FOUND: there is none, or not that one.
+        FAILED_PRECONDITION: it cannot be rolled back any more, the source is being unloaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +204,41 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.SetQuota,
                     request_deserializer=muxserve_dot_v1_dot_admin__pb2.SetQuotaRequest.FromString,
                     response_serializer=muxserve_dot_v1_dot_admin__pb2.SetQuotaResponse.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=muxserve_dot_v1_dot_admin__pb2.PlanRequest.FromString,
+                    response_serializer=muxserve_dot_v1_dot_admin__pb2.PlanResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_stream_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=muxserve_dot_v1_dot_admin__pb2.RebalanceRequest.FromString,
+                    response_serializer=muxserve_dot_v1_dot_admin__pb2.RebalanceResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=muxserve_dot_v1_dot_admin__pb2.AdminServiceLoadModelRequest.FromString,
+                    response_serializer=muxserve_dot_v1_dot_admin__pb2.AdminServiceLoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=muxserve_dot_v1_dot_admin__pb2.AdminServiceUnloadModelRequest.FromString,
+                    response_serializer=muxserve_dot_v1_dot_admin__pb2.AdminServiceUnloadModelResponse.SerializeToString,
+            ),
+            'SetPinned': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPinned,
+                    request_deserializer=muxserve_dot_v1_dot_admin__pb2.SetPinnedRequest.FromString,
+                    response_serializer=muxserve_dot_v1_dot_admin__pb2.SetPinnedResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=muxserve_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=muxserve_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'CancelMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelMigration,
+                    request_deserializer=muxserve_dot_v1_dot_admin__pb2.CancelMigrationRequest.FromString,
+                    response_serializer=muxserve_dot_v1_dot_admin__pb2.CancelMigrationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +350,195 @@ class AdminService(object):
             '/muxserve.v1.AdminService/SetQuota',
             muxserve_dot_v1_dot_admin__pb2.SetQuotaRequest.SerializeToString,
             muxserve_dot_v1_dot_admin__pb2.SetQuotaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxserve.v1.AdminService/Plan',
+            muxserve_dot_v1_dot_admin__pb2.PlanRequest.SerializeToString,
+            muxserve_dot_v1_dot_admin__pb2.PlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/muxserve.v1.AdminService/Rebalance',
+            muxserve_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+            muxserve_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/muxserve.v1.AdminService/LoadModel',
+            muxserve_dot_v1_dot_admin__pb2.AdminServiceLoadModelRequest.SerializeToString,
+            muxserve_dot_v1_dot_admin__pb2.AdminServiceLoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/muxserve.v1.AdminService/UnloadModel',
+            muxserve_dot_v1_dot_admin__pb2.AdminServiceUnloadModelRequest.SerializeToString,
+            muxserve_dot_v1_dot_admin__pb2.AdminServiceUnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPinned(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxserve.v1.AdminService/SetPinned',
+            muxserve_dot_v1_dot_admin__pb2.SetPinnedRequest.SerializeToString,
+            muxserve_dot_v1_dot_admin__pb2.SetPinnedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/muxserve.v1.AdminService/Drain',
+            muxserve_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            muxserve_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxserve.v1.AdminService/CancelMigration',
+            muxserve_dot_v1_dot_admin__pb2.CancelMigrationRequest.SerializeToString,
+            muxserve_dot_v1_dot_admin__pb2.CancelMigrationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,32 @@ class AdminServiceStub:
     """Sets the block quota of a model in a unit, until the policy adapts it again. NOT_FOUND: no such unit or model.
     INVALID_ARGUMENT: more blocks than the arena has. ABORTED: expected_revision is not the current one.
     """
+    Plan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.PlanResponse]
+    """Which moves would serve the traffic of now better, and by how much. Changes nothing."""
+    Rebalance: _grpc.UnaryStreamMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.RebalanceResponse]
+    """Moves models, one after the other, and streams what happens until all moves have ended; a client that goes away
+    stops none of them. Ends with OK even where moves were rolled back: the events say so. NOT_FOUND: no such model or
+    worker. FAILED_PRECONDITION: migrations are already under way; the model is not on the source, or on the target
+    already; the target is drained or has no room. UNAVAILABLE: a worker does not answer.
+    """
+    LoadModel: _grpc.UnaryStreamMultiCallable[_admin_pb2.AdminServiceLoadModelRequest, _admin_pb2.AdminServiceLoadModelResponse]
+    """Loads a model on one more worker, or wakes it where it is asleep, and streams what happens. Errors as of Rebalance."""
+    UnloadModel: _grpc.UnaryStreamMultiCallable[_admin_pb2.AdminServiceUnloadModelRequest, _admin_pb2.AdminServiceUnloadModelResponse]
+    """Takes a model off a worker and streams what happens. Where that was its only place it stays there, asleep: the next
+    request wakes it. NOT_FOUND: no such model or worker. FAILED_PRECONDITION: migrations are already under way; the
+    model is not there; it is pinned or has a min_resident, and too few other workers have it loaded.
+    """
+    SetPinned: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetPinnedRequest, _admin_pb2.SetPinnedResponse]
+    """Pins a model, or lifts that: a pinned model is never put to sleep, and moved only by hand. NOT_FOUND: no such model."""
+    Drain: _grpc.UnaryStreamMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
+    """Moves all models off a worker, which gets none until this is undone, and streams what happens until it has none. It
+    goes on if the client goes away. NOT_FOUND: no such worker. FAILED_PRECONDITION: a model has nowhere to go (nothing
+    changes then). UNAVAILABLE: a worker does not answer.
+    """
+    CancelMigration: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CancelMigrationRequest, _admin_pb2.CancelMigrationResponse]
+    """Rolls back the migration under way and drops those that are to follow it. NOT_FOUND: there is none, or not that one.
+    FAILED_PRECONDITION: it cannot be rolled back any more, the source is being unloaded.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -58,6 +84,32 @@ class AdminServiceAsyncStub(AdminServiceStub):
     SetQuota: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetQuotaRequest, _admin_pb2.SetQuotaResponse]  # type: ignore[assignment]
     """Sets the block quota of a model in a unit, until the policy adapts it again. NOT_FOUND: no such unit or model.
     INVALID_ARGUMENT: more blocks than the arena has. ABORTED: expected_revision is not the current one.
+    """
+    Plan: _aio.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.PlanResponse]  # type: ignore[assignment]
+    """Which moves would serve the traffic of now better, and by how much. Changes nothing."""
+    Rebalance: _aio.UnaryStreamMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.RebalanceResponse]  # type: ignore[assignment]
+    """Moves models, one after the other, and streams what happens until all moves have ended; a client that goes away
+    stops none of them. Ends with OK even where moves were rolled back: the events say so. NOT_FOUND: no such model or
+    worker. FAILED_PRECONDITION: migrations are already under way; the model is not on the source, or on the target
+    already; the target is drained or has no room. UNAVAILABLE: a worker does not answer.
+    """
+    LoadModel: _aio.UnaryStreamMultiCallable[_admin_pb2.AdminServiceLoadModelRequest, _admin_pb2.AdminServiceLoadModelResponse]  # type: ignore[assignment]
+    """Loads a model on one more worker, or wakes it where it is asleep, and streams what happens. Errors as of Rebalance."""
+    UnloadModel: _aio.UnaryStreamMultiCallable[_admin_pb2.AdminServiceUnloadModelRequest, _admin_pb2.AdminServiceUnloadModelResponse]  # type: ignore[assignment]
+    """Takes a model off a worker and streams what happens. Where that was its only place it stays there, asleep: the next
+    request wakes it. NOT_FOUND: no such model or worker. FAILED_PRECONDITION: migrations are already under way; the
+    model is not there; it is pinned or has a min_resident, and too few other workers have it loaded.
+    """
+    SetPinned: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetPinnedRequest, _admin_pb2.SetPinnedResponse]  # type: ignore[assignment]
+    """Pins a model, or lifts that: a pinned model is never put to sleep, and moved only by hand. NOT_FOUND: no such model."""
+    Drain: _aio.UnaryStreamMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
+    """Moves all models off a worker, which gets none until this is undone, and streams what happens until it has none. It
+    goes on if the client goes away. NOT_FOUND: no such worker. FAILED_PRECONDITION: a model has nowhere to go (nothing
+    changes then). UNAVAILABLE: a worker does not answer.
+    """
+    CancelMigration: _aio.UnaryUnaryMultiCallable[_admin_pb2.CancelMigrationRequest, _admin_pb2.CancelMigrationResponse]  # type: ignore[assignment]
+    """Rolls back the migration under way and drops those that are to follow it. NOT_FOUND: there is none, or not that one.
+    FAILED_PRECONDITION: it cannot be rolled back any more, the source is being unloaded.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -95,6 +147,74 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.SetQuotaResponse, _abc.Awaitable[_admin_pb2.SetQuotaResponse]]:
         """Sets the block quota of a model in a unit, until the policy adapts it again. NOT_FOUND: no such unit or model.
         INVALID_ARGUMENT: more blocks than the arena has. ABORTED: expected_revision is not the current one.
+        """
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _admin_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PlanResponse, _abc.Awaitable[_admin_pb2.PlanResponse]]:
+        """Which moves would serve the traffic of now better, and by how much. Changes nothing."""
+
+    @_abc_1.abstractmethod
+    def Rebalance(
+        self,
+        request: _admin_pb2.RebalanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.RebalanceResponse], _abc.AsyncIterator[_admin_pb2.RebalanceResponse]]:
+        """Moves models, one after the other, and streams what happens until all moves have ended; a client that goes away
+        stops none of them. Ends with OK even where moves were rolled back: the events say so. NOT_FOUND: no such model or
+        worker. FAILED_PRECONDITION: migrations are already under way; the model is not on the source, or on the target
+        already; the target is drained or has no room. UNAVAILABLE: a worker does not answer.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _admin_pb2.AdminServiceLoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.AdminServiceLoadModelResponse], _abc.AsyncIterator[_admin_pb2.AdminServiceLoadModelResponse]]:
+        """Loads a model on one more worker, or wakes it where it is asleep, and streams what happens. Errors as of Rebalance."""
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _admin_pb2.AdminServiceUnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.AdminServiceUnloadModelResponse], _abc.AsyncIterator[_admin_pb2.AdminServiceUnloadModelResponse]]:
+        """Takes a model off a worker and streams what happens. Where that was its only place it stays there, asleep: the next
+        request wakes it. NOT_FOUND: no such model or worker. FAILED_PRECONDITION: migrations are already under way; the
+        model is not there; it is pinned or has a min_resident, and too few other workers have it loaded.
+        """
+
+    @_abc_1.abstractmethod
+    def SetPinned(
+        self,
+        request: _admin_pb2.SetPinnedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SetPinnedResponse, _abc.Awaitable[_admin_pb2.SetPinnedResponse]]:
+        """Pins a model, or lifts that: a pinned model is never put to sleep, and moved only by hand. NOT_FOUND: no such model."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.DrainResponse], _abc.AsyncIterator[_admin_pb2.DrainResponse]]:
+        """Moves all models off a worker, which gets none until this is undone, and streams what happens until it has none. It
+        goes on if the client goes away. NOT_FOUND: no such worker. FAILED_PRECONDITION: a model has nowhere to go (nothing
+        changes then). UNAVAILABLE: a worker does not answer.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelMigration(
+        self,
+        request: _admin_pb2.CancelMigrationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CancelMigrationResponse, _abc.Awaitable[_admin_pb2.CancelMigrationResponse]]:
+        """Rolls back the migration under way and drops those that are to follow it. NOT_FOUND: there is none, or not that one.
+        FAILED_PRECONDITION: it cannot be rolled back any more, the source is being unloaded.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

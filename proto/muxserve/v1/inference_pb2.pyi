@@ -34,6 +34,10 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     """Requests are served."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 3
     """It could not be placed or loaded; the reason says why."""
+    MODEL_STATE_ASLEEP: _ModelState.ValueType  # 4
+    """Placed, but its weights are not loaded: the first request wakes it."""
+    MODEL_STATE_DRAINING: _ModelState.ValueType  # 5
+    """Of a place alone: it takes no new requests, hands back those that wait, and is about to be unloaded."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """State of a model on the way to being served."""
@@ -46,6 +50,10 @@ MODEL_STATE_READY: ModelState.ValueType  # 2
 """Requests are served."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 3
 """It could not be placed or loaded; the reason says why."""
+MODEL_STATE_ASLEEP: ModelState.ValueType  # 4
+"""Placed, but its weights are not loaded: the first request wakes it."""
+MODEL_STATE_DRAINING: ModelState.ValueType  # 5
+"""Of a place alone: it takes no new requests, hands back those that wait, and is about to be unloaded."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
