@@ -414,6 +414,9 @@ class PlacedModel(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     DRAIN_UNTIL_UNIX_MS_FIELD_NUMBER: _builtins.int
     EXPECTED_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    ROOM_AT_UNIX_MS_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
     state: _inference_pb2.ModelState.ValueType
     """How far it is."""
     reason: _builtins.str
@@ -425,7 +428,15 @@ class PlacedModel(_message.Message):
     waits is handed back at once. 0: what runs, too.
     """
     expected_wait_seconds: _builtins.float
-    """Where it is ASLEEP or LOADING: seconds that a request which comes now is likely to wait for it. 0: not known."""
+    """Where it is ASLEEP, or LOADING since it was woken: seconds that a request is likely to wait for it, from
+    room_at_unix_ms on if that is to come. 0: not known. Infinite: what is pinned leaves no room for it.
+    """
+    room_at_unix_ms: _builtins.int
+    """Where it is ASLEEP: when there will be room for it, in milliseconds of Unix time. 0: there is."""
+    load_seconds: _builtins.float
+    """Seconds that loading its weights here took the last time. 0: it was not loaded yet."""
+    loads: _builtins.int
+    """How often its weights were loaded here."""
     @_builtins.property
     def config(self) -> _common_pb2.ModelConfig:
         """What is served."""
@@ -444,10 +455,13 @@ class PlacedModel(_message.Message):
         field: _builtins.str = ...,
         drain_until_unix_ms: _builtins.int = ...,
         expected_wait_seconds: _builtins.float = ...,
+        room_at_unix_ms: _builtins.int = ...,
+        load_seconds: _builtins.float = ...,
+        loads: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "drain_until_unix_ms", b"drain_until_unix_ms", "expected_wait_seconds", b"expected_wait_seconds", "field", b"field", "reason", b"reason", "shape", b"shape", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "drain_until_unix_ms", b"drain_until_unix_ms", "expected_wait_seconds", b"expected_wait_seconds", "field", b"field", "load_seconds", b"load_seconds", "loads", b"loads", "reason", b"reason", "room_at_unix_ms", b"room_at_unix_ms", "shape", b"shape", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
