@@ -1,26 +1,30 @@
 """The loop that makes what is served what is configured: it places models, has them loaded, and says so.
 
-Every round compares three things: the configuration, the workers in the registry, and the placement document.
-Calls that take long (inspecting, loading) run beside the rounds and wake them when they end, so that a round
-never waits for a worker. All state can be lost: the document is where the next process goes on.
+Every round compares three things: the configuration, the workers in the registry, and the placement
+document. What follows from them is written to the document first, with compare-and-set, and done then. Calls
+that take long (inspecting, loading) run beside the rounds and wake them when they end, so that a round never
+waits for a worker. All state can be lost: the document is where the next process goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Protocol
 
 import structlog
 
 from muxserve.common.documents import PlacementStore
-from muxserve.common.errors import AlreadyExists, Cancelled, NotFound, ServiceError, Unavailable
+from muxserve.common.errors import ServiceError, Unavailable
 from muxserve.common.registry import Registry
-from muxserve.placement.document import LOADING, Plan, from_document, to_document
+from muxserve.placement.document import ASLEEP, DRAINING, FAILED, Place, Plan, from_document, to_document
+from muxserve.placement.errands import BACKOFF, Errands
 from muxserve.placement.fit import Refusal
+from muxserve.placement.migration import Seen, advance
 from muxserve.placement.settings import PlacementSettings
-from muxserve.placement.survey import find_places, refusal
+from muxserve.placement.sources import SourceWatch
+from muxserve.placement.survey import find_places
 from muxserve.placement.workers import WorkerCalls
 from muxserve.v1 import admin_pb2
 
@@ -29,200 +33,229 @@ log = structlog.get_logger(__name__)
 POLL = 0.3
 """Seconds between rounds while nothing wakes them."""
 
-BACKOFF = 0.5
-"""Seconds after which a call that failed for a passing reason is made again."""
-
+Entry = admin_pb2.ServiceEntry
 Fleet = frozenset[tuple[str, str]]
 """Ids and incarnations of workers."""
+
+
+class Adviser(Protocol):
+    """Has a say in every round."""
+
+    async def attend(self, plan: Plan, workers: Mapping[str, Entry]) -> float:
+        """Change `plan`, which is written to the document then; `workers`: those that are there, by id.
+        Seconds until the next round at the latest. Raises Unavailable while Redis is away."""
 
 
 class Reconciler:
     """Owner of the placement document."""
 
     def __init__(
-        self, settings: PlacementSettings, registry: Registry, store: PlacementStore, calls: WorkerCalls
+        self,
+        settings: PlacementSettings,
+        registry: Registry,
+        store: PlacementStore,
+        calls: WorkerCalls,
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._store = store
         self._calls = calls
-        self._plan: Plan | None = None
         self._epoch = 0
         self._started = time.monotonic()
-        self._wake = asyncio.Event()
+        self._woken = asyncio.Event()
         self._judged: Fleet = frozenset()
         self._survey: asyncio.Task[None] | None = None
-        self._loads: dict[str, asyncio.Task[None]] = {}
-        self._chores: set[asyncio.Task[None]] = set()
+        self._errands = Errands(calls, self.wake)
+        self._source = SourceWatch(calls, self.wake)
+        self._away: set[str] = set()
+        """Workers that were there and are not."""
+        self._news: set[asyncio.Event] = set()
+        self.advisers: list[Adviser] = []
+        self.plan: Plan | None = None
+        """What the document is to say. Whoever changes it calls `wake`; None before the first round."""
+        self.workers: Mapping[str, Entry] = {}
+        """Those that are there, by id."""
         self.placement = admin_pb2.Placement()
         """The document as last seen or written."""
 
+    def wake(self) -> None:
+        """Run a round soon."""
+        self._woken.set()
+
+    async def changed(self, epoch: int) -> admin_pb2.Placement:
+        """The document, as soon as it is newer than `epoch`."""
+        while self.placement.epoch <= epoch:
+            news = asyncio.Event()
+            self._news.add(news)
+            try:
+                await news.wait()
+            finally:
+                self._news.discard(news)
+        return self.placement
+
     async def run(self) -> None:
         """Run rounds until cancelled."""
-        away = False
+        away, rest = False, POLL
         try:
             while True:
-                self._wake.clear()
+                self._woken.clear()
                 try:
-                    await self._round()
+                    rest = await self._round()
                     away = False
                 except Unavailable as error:
                     if not away:
                         log.warning("placement waits", reason=str(error))
                     away = True
-                await self._rest()
+                await self._rest(rest)
         finally:
-            tasks = [*self._loads.values(), *self._chores, *([self._survey] if self._survey else [])]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._survey is not None:
+                self._survey.cancel()
+                await asyncio.gather(self._survey, return_exceptions=True)
+            await self._source.close()
+            await self._errands.close()
 
-    async def _rest(self) -> None:
+    async def _rest(self, seconds: float) -> None:
         try:
-            async with asyncio.timeout(POLL):
-                await self._wake.wait()
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
         except TimeoutError:
             pass
 
-    async def _round(self) -> None:
+    async def _round(self) -> float:
+        """Seconds until the next one."""
         workers = {entry.id: entry for entry in await self._registry.list("worker")}
         stored = await self._store.read()
-        if self._plan is None:
-            self._plan = from_document(stored, self._settings.models)
-        for absent in self._plan.workers.keys() - workers.keys():
-            self._lose(self._plan, absent)
+        plan = self._adopt(stored)
+        self.workers = workers
+        for absent in plan.workers.keys() - workers.keys():
+            self._lose(plan, absent)
         for worker in workers.values():
-            self._meet(self._plan, worker)
-        self._start_survey(self._plan, workers)
-        for name, model in self._plan.models.items():
-            if model.worker in workers and model.state == LOADING and name not in self._loads:
-                self._loads[name] = asyncio.create_task(self._load(self._plan, name), name=f"load {name}")
-        await self._publish(stored, to_document(self._plan))
+            self._meet(plan, worker)
+        self._start_survey(plan, workers)
+        rests = [await adviser.attend(plan, workers) for adviser in self.advisers]
+        before = plan.migration
+        advance(plan, Seen(workers.keys(), self._source.open_sequences(plan), round(time.time() * 1000)))
+        if plan.migration is not before or (before is not None and before != stored.migration):
+            _tell(plan.migration or before)
+        document = to_document(plan)
+        if await self._publish(stored, document) and _same(document, to_document(plan)):
+            self._source.follow(plan, workers)
+            self._errands.follow(plan, workers)
+        else:
+            self.wake()
+        return min([POLL, *rests])
+
+    def _adopt(self, stored: admin_pb2.Placement) -> Plan:
+        """The plan; if somebody else has written a newer document, the one that goes on from that."""
+        if self.plan is None or stored.epoch > self._epoch:
+            if self.plan is not None:
+                log.warning("somebody else wrote the placement", epoch=stored.epoch)
+            self._errands.stop_all()
+            self._judged = frozenset()
+            self.plan = from_document(stored, self._settings.models)
+            self._epoch = stored.epoch
+        return self.plan
 
     def _lose(self, plan: Plan, worker: str) -> None:
-        """The worker is not in the registry: its models wait for it."""
-        for model in plan.of_worker(worker):
-            reason = f"{worker} is away"
-            if model.reason != reason:
-                log.warning("model waits for its worker", model=model.config.name, worker=worker)
-            model.loading(reason)
-            self._stop_load(model.config.name)
+        """The worker is not in the registry: what it serves waits for it."""
+        if worker not in self._away:
+            log.warning("worker is away", id=worker)
+            self._away.add(worker)
+        places = plan.of_worker(worker)
+        for model, place in places:
+            self._errands.stop(model.name, worker)
+            if place.state not in (ASLEEP, DRAINING, FAILED):
+                place.loading(f"{worker} is away")
+            place.occupied = False
+        if not places:
+            del plan.workers[worker]
 
-    def _meet(self, plan: Plan, worker: admin_pb2.ServiceEntry) -> None:
+    def _meet(self, plan: Plan, worker: Entry) -> None:
         """A worker is in the registry. If its process is a new one, it has nothing loaded."""
         before = plan.workers.get(worker.id)
         plan.workers[worker.id] = worker
-        if before is not None and before.incarnation == worker.incarnation and before.pid == worker.pid:
+        if before is not None and before.incarnation == worker.incarnation:
+            if before.pid != worker.pid or worker.id in self._away:
+                # Known from the document alone (this placement process is the newer one), or it was away.
+                log.info("worker", id=worker.id, address=worker.address, known=True)
+                self._return(plan, worker)
             return
-        same_process = before is not None and before.incarnation == worker.incarnation
-        log.info("worker", id=worker.id, address=worker.address, known=same_process)
-        if same_process:
-            # Known from the document alone: this placement process is the newer one.
-            self._chore(self._tidy(plan, worker))
-            return
-        for model in plan.of_worker(worker.id):
-            self._stop_load(model.config.name)
-            model.loading("loading")
+        log.info("worker", id=worker.id, address=worker.address, known=False)
+        for model, place in plan.of_worker(worker.id):
+            self._errands.stop(model.name, worker.id)
+            if place.loaded:
+                place.loading()
+            place.occupied = False
+        self._return(plan, worker)
 
-    def _start_survey(self, plan: Plan, workers: Mapping[str, admin_pb2.ServiceEntry]) -> None:
+    def _return(self, plan: Plan, worker: Entry) -> None:
+        self._away.discard(worker.id)
+        self._errands.tidy(plan, worker)
+
+    def _start_survey(self, plan: Plan, workers: Mapping[str, Entry]) -> None:
         """Look for places for the models that have none, once for each set of worker processes."""
-        fleet = frozenset((entry.id, entry.incarnation) for entry in workers.values())
-        names = [name for name, model in plan.models.items() if not model.worker]
+        open_workers = [entry for entry in workers.values() if entry.id not in plan.drained]
+        fleet = frozenset((entry.id, entry.incarnation) for entry in open_workers)
+        names = [name for name, model in plan.models.items() if not model.places]
         waited = time.monotonic() - self._started
         enough = len(workers) >= self._settings.workers or waited > self._settings.worker_wait
-        if self._survey or not names or not workers or not enough or fleet == self._judged:
+        if self._survey or not names or not open_workers or not enough or fleet == self._judged:
             return
-        self._survey = asyncio.create_task(self._place(plan, names, workers, fleet), name="survey")
+        self._survey = asyncio.create_task(self._place(plan, names, open_workers, fleet), name="survey")
 
-    async def _place(
-        self, plan: Plan, names: list[str], workers: Mapping[str, admin_pb2.ServiceEntry], fleet: Fleet
-    ) -> None:
+    async def _place(self, plan: Plan, names: list[str], workers: list[Entry], fleet: Fleet) -> None:
         try:
-            outcome = await find_places(plan, names, list(workers.values()), self._calls)
+            outcome = await find_places(plan, names, workers, self._calls)
         except ServiceError as error:
             log.warning("cannot ask the workers about models; trying again", error=str(error))
             await asyncio.sleep(BACKOFF)
         else:
             self._judged = fleet
-            for name, place in outcome.items():
+            for name, assigned in outcome.items():
                 model = plan.models[name]
-                if isinstance(place, Refusal):
-                    model.fail(place)
-                    log.error("model refused", model=name, field=place.field, reason=place.reason)
+                if isinstance(assigned, Refusal):
+                    model.refusal = assigned
+                    log.error("model refused", model=name, field=assigned.field, reason=assigned.reason)
                 else:
-                    model.assign(place.worker, place.shape)
-                    log.info("model placed", model=name, worker=place.worker)
+                    model.add(Place(assigned.worker, shape=assigned.shape))
+                    log.info("model placed", model=name, worker=assigned.worker)
         finally:
             self._survey = None
-            self._wake.set()
+            self.wake()
 
-    async def _load(self, plan: Plan, name: str) -> None:
-        model, worker = plan.models[name], plan.workers[plan.models[name].worker]
-        log.info("loading", model=name, worker=worker.id)
-        began = time.monotonic()
-        try:
-            shape = await self._calls.load(worker.address, model.config)
-        except AlreadyExists:
-            # Loaded under an older configuration.
-            log.info("unloading what had this name", model=name, worker=worker.id)
-            await self._unload(worker.address, name)
-            await asyncio.sleep(BACKOFF)
-        except (Unavailable, Cancelled) as error:
-            model.loading(f"{worker.id}: {error}")
-            await asyncio.sleep(BACKOFF)
-        except ServiceError as error:
-            model.fail(refusal(error))
-            log.error("model failed", model=name, worker=worker.id, error=str(error))
-        else:
-            model.ready(shape)
-            seconds = round(time.monotonic() - began, 3)
-            log.info("model ready", model=name, worker=worker.id, seconds=seconds)
-        finally:
-            if self._loads.get(name) is asyncio.current_task():
-                del self._loads[name]
-            self._wake.set()
-
-    def _stop_load(self, name: str) -> None:
-        if task := self._loads.pop(name, None):
-            task.cancel()
-            self._chores.add(task)
-            task.add_done_callback(self._chores.discard)
-
-    async def _tidy(self, plan: Plan, worker: admin_pb2.ServiceEntry) -> None:
-        """Unload what the configuration does not have any more."""
-        try:
-            info = await self._calls.info(worker.address)
-        except ServiceError as error:
-            log.warning("cannot ask the worker what it has", worker=worker.id, error=str(error))
-            return
-        wanted = {model.config.name for model in plan.of_worker(worker.id)}
-        for loaded in info.models:
-            if loaded.model not in wanted:
-                log.info("unloading", model=loaded.model, worker=worker.id)
-                await self._unload(worker.address, loaded.model)
-
-    async def _unload(self, address: str, name: str) -> None:
-        try:
-            await self._calls.unload(address, name)
-        except NotFound:
-            pass
-        except ServiceError as error:
-            log.warning("cannot unload", model=name, error=str(error))
-
-    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
-
-    async def _publish(self, stored: admin_pb2.Placement, wanted: admin_pb2.Placement) -> None:
-        """Write `wanted` unless `stored`, which is what Redis has, says the same."""
-        self._epoch = max(self._epoch, stored.epoch)
+    async def _publish(self, stored: admin_pb2.Placement, wanted: admin_pb2.Placement) -> bool:
+        """Write `wanted` unless `stored`, which is what Redis has, says the same. False: somebody else has
+        written meanwhile."""
         wanted.epoch = stored.epoch
-        if stored.epoch == 0 or wanted != stored:
+        if stored.epoch == 0 or not _same(wanted, stored):
             # Above every epoch of before, even if Redis has lost the document.
-            wanted.epoch = self._epoch + 1
+            wanted.epoch = max(self._epoch, stored.epoch) + 1
             if not await self._store.compare_and_set(stored.epoch, wanted):
-                log.warning("somebody else wrote the placement", epoch=stored.epoch)
-                return
-            self._epoch = wanted.epoch
-        self.placement = wanted
+                return False
+        self._epoch = max(self._epoch, wanted.epoch)
+        if self.placement != wanted:
+            self.placement = wanted
+            for news in self._news:
+                news.set()
+        return True
+
+
+def _same(one: admin_pb2.Placement, other: admin_pb2.Placement) -> bool:
+    """Whether they say the same, whatever their epochs."""
+    there = admin_pb2.Placement()
+    there.CopyFrom(other)
+    there.epoch = one.epoch
+    return one == there
+
+
+def _tell(migration: admin_pb2.Migration | None) -> None:
+    if migration is not None:
+        log.info(
+            "migration",
+            id=migration.id,
+            model=migration.model,
+            source=migration.source_worker,
+            target=migration.target_worker,
+            phase=admin_pb2.MigrationPhase.Name(migration.phase).removeprefix("MIGRATION_PHASE_").lower(),
+            error=migration.error,
+        )

@@ -14,7 +14,7 @@ from muxserve.common.errors import (
     ServiceError,
     Unavailable,
 )
-from muxserve.placement.document import Plan, loads
+from muxserve.placement.document import ASLEEP, Plan, loads
 from muxserve.placement.fit import Capacity, Demand, Refusal, fit
 from muxserve.placement.workers import WorkerCalls
 from muxserve.v1 import admin_pb2, common_pb2, worker_pb2
@@ -24,7 +24,7 @@ TRANSIENT = (Unavailable, DeadlineExceeded, Cancelled)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Assignment:
     """Where a model goes."""
 
     worker: str
@@ -40,7 +40,7 @@ def refusal(error: ServiceError) -> Refusal:
 
 async def find_places(
     plan: Plan, names: Sequence[str], workers: Sequence[admin_pb2.ServiceEntry], calls: WorkerCalls
-) -> Mapping[str, Place | Refusal]:
+) -> Mapping[str, Assignment | Refusal]:
     """A place, or why there is none, for each model in `names`. Raises ServiceError if a
     worker cannot be asked."""
     infos = await asyncio.gather(*(calls.info(worker.address) for worker in workers))
@@ -51,7 +51,7 @@ async def find_places(
     found = {(name, worker.id): answer for (name, worker), answer in zip(pairs, answers, strict=True)}
     load = loads(plan.models)
     demands = []
-    outcome: dict[str, Place | Refusal] = {}
+    outcome: dict[str, Assignment | Refusal] = {}
     for name in names:
         sizes, refusals = {}, []
         for worker in workers:
@@ -70,7 +70,7 @@ async def find_places(
     for name, worker_id in decision.assigned.items():
         shape = found[name, worker_id]
         assert isinstance(shape, common_pb2.ModelShape)
-        outcome[name] = Place(worker_id, shape)
+        outcome[name] = Assignment(worker_id, shape)
     return outcome
 
 
@@ -86,8 +86,8 @@ async def _inspect(
 
 
 def _capacity(plan: Plan, worker: str, info: worker_pb2.WorkerInfo, load: Mapping[str, float]) -> Capacity:
-    """What is left on `worker` beside the models that are assigned to it, loaded or not."""
-    models = plan.of_worker(worker)
-    taken = sum(model.shape.weight_bytes for model in models if model.shape)
+    """What is left on `worker` beside the models that are assigned to it; those asleep need no room."""
+    places = plan.of_worker(worker)
+    taken = sum(place.shape.weight_bytes for _, place in places if place.shape and place.state != ASLEEP)
     room = max(0, info.weight_budget_bytes - taken) if info.weight_budget_bytes else None
-    return Capacity(worker, room, sum(load[model.config.name] for model in models))
+    return Capacity(worker, room, sum(load[model.name] for model, _ in places))
