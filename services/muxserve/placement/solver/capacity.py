@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from muxserve.placement.solver.contention import Beside, bandwidth_use, slowdown
+from muxserve.placement.solver.contention import BANDWIDTH, Beside, bandwidth_use, slowdown
 from muxserve.placement.solver.cost import CostModel
 from muxserve.placement.solver.placement import kv_needed, kv_room
 from muxserve.placement.solver.workload import Model
@@ -85,8 +85,10 @@ class Curve:
 class Estimator:
     """Forecasts of units, each made once."""
 
-    def __init__(self, costs: CostModel) -> None:
+    def __init__(self, costs: CostModel, bandwidth: float = BANDWIDTH) -> None:
+        """`bandwidth`: bytes per second of one device."""
         self._costs = costs
+        self._bandwidth = bandwidth
         self._curves: dict[tuple[str, float, float, int, float], Curve] = {}
 
     def forecast(
@@ -102,8 +104,18 @@ class Estimator:
         room = kv_room(usable, degree, [m.shape.weight_bytes for m in models])
         if room < kv_needed([m.shape.kv_bytes for m in models]):
             return NOTHING
-        unit = _Unit(self, loads, degree, room, prefill_share, decode_share)
-        return unit.forecast()
+        return self.forecast_within(loads, degree, room, prefill_share, decode_share)
+
+    def forecast_within(
+        self,
+        loads: Sequence[Load],
+        degree: int,
+        kv_bytes: int,
+        prefill_share: float = 0.5,
+        decode_share: float = 0.5,
+    ) -> Forecast:
+        """Where weights have memory of their own: `kv_bytes` are for KV, on all devices together."""
+        return _Unit(self, loads, degree, kv_bytes, prefill_share, decode_share).forecast()
 
     def curve(self, model: Model, degree: int, share: float) -> Curve:
         """Costs at its mean lengths."""
@@ -117,8 +129,8 @@ class Estimator:
         steps = [self._costs.decode(model.model, degree, share, batch, context) for batch in BATCHES]
         prompts = max(1.0, JOB_TOKENS / model.prompt_tokens)
         job = self._costs.prefill(model.model, degree, share, prompts, model.prompt_tokens)
-        decode = bandwidth_use(model.shape, degree, 32 * context, steps[BATCHES.index(32)])
-        prefill = bandwidth_use(model.shape, degree, prompts * model.prompt_tokens, job)
+        decode = bandwidth_use(model.shape, degree, 32 * context, steps[BATCHES.index(32)], self._bandwidth)
+        prefill = bandwidth_use(model.shape, degree, prompts * model.prompt_tokens, job, self._bandwidth)
         return Curve(tuple(steps), job / prompts, prefill, decode)
 
 

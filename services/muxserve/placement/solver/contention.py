@@ -21,11 +21,13 @@ class Beside:
     """Part of the memory bandwidth that it uses."""
 
 
-def bandwidth_use(shape: Shape, degree: int, tokens: float, seconds: float) -> float:
+def bandwidth_use(
+    shape: Shape, degree: int, tokens: float, seconds: float, bandwidth: float = BANDWIDTH
+) -> float:
     """Part of the bandwidth that a job uses which takes `seconds`: it reads the weights once and reads or
-    writes K and V of `tokens` tokens."""
+    writes K and V of `tokens` tokens. `bandwidth` in bytes per second of one device."""
     moved = shape.active_parameters * ITEM + shape.kv_bytes * tokens
-    return min(1.0, moved / degree / (BANDWIDTH * max(seconds, 1e-9)))
+    return min(1.0, moved / degree / (bandwidth * max(seconds, 1e-9)))
 
 
 def slowdown(one: Beside, other: Beside) -> float:
