@@ -540,6 +540,13 @@ class UnitModelStatus(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
+    FINISHED_REQUESTS_FIELD_NUMBER: _builtins.int
+    FINISHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    FINISHED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_JOBS_FIELD_NUMBER: _builtins.int
+    PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
+    DECODE_STEPS_FIELD_NUMBER: _builtins.int
+    DECODE_SECONDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     running: _builtins.int
@@ -556,6 +563,20 @@ class UnitModelStatus(_message.Message):
     """Prompt tokens computed since the scheduler began, recomputation included."""
     refusals: _builtins.int
     """Requests refused because they could not be served in time, since the scheduler began."""
+    finished_requests: _builtins.int
+    """Requests that were generated to their end, since the scheduler began."""
+    finished_prompt_tokens: _builtins.int
+    """Prompt tokens of these."""
+    finished_output_tokens: _builtins.int
+    """Output tokens of these."""
+    prefill_jobs: _builtins.int
+    """Prefill jobs that ended well, since the scheduler began."""
+    prefill_seconds: _builtins.float
+    """Seconds that the device spent on them: while a decode job ran beside one, half of the time counts."""
+    decode_steps: _builtins.int
+    """Decode steps that ended well, since the scheduler began."""
+    decode_seconds: _builtins.float
+    """Seconds that the device spent on them, counted as for prefill jobs."""
     def __init__(
         self,
         *,
@@ -567,10 +588,17 @@ class UnitModelStatus(_message.Message):
         generated_tokens: _builtins.int = ...,
         prefill_tokens: _builtins.int = ...,
         refusals: _builtins.int = ...,
+        finished_requests: _builtins.int = ...,
+        finished_prompt_tokens: _builtins.int = ...,
+        finished_output_tokens: _builtins.int = ...,
+        prefill_jobs: _builtins.int = ...,
+        prefill_seconds: _builtins.float = ...,
+        decode_steps: _builtins.int = ...,
+        decode_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_tokens", b"generated_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "quota_blocks", b"quota_blocks", "refusals", b"refusals", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_seconds", b"decode_seconds", "decode_steps", b"decode_steps", "finished_output_tokens", b"finished_output_tokens", "finished_prompt_tokens", b"finished_prompt_tokens", "finished_requests", b"finished_requests", "generated_tokens", b"generated_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_jobs", b"prefill_jobs", "prefill_seconds", b"prefill_seconds", "prefill_tokens", b"prefill_tokens", "quota_blocks", b"quota_blocks", "refusals", b"refusals", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from muxserve.common.config import Models
@@ -20,3 +22,16 @@ class PlacementSettings(ServiceSettings):
     """Seconds to wait for them; then models are placed on those that are there."""
     load_timeout: float = Field(900.0, gt=0)
     """Seconds that loading a model may take."""
+    drain_seconds: float = Field(5.0, ge=0, allow_inf_nan=False)
+    """Seconds that sequences have to finish on a worker that their model leaves; then they go on at another
+    one, which computes them again."""
+    rebalance: Literal["auto", "off"] = "auto"
+    """Whether models are moved when traffic makes that worthwhile; off: by hand alone."""
+    rebalance_interval: float = Field(3.0, gt=0, allow_inf_nan=False)
+    """Seconds between looks at whether it is worthwhile."""
+    rebalance_horizon: float = Field(120.0, gt=0, allow_inf_nan=False)
+    """Seconds for which traffic is expected to stay as it is: what a move gains in that time has to outweigh
+    its cost."""
+    rebalance_rest: float = Field(20.0, ge=0, allow_inf_nan=False)
+    """Seconds for which a model is left where it is after it was moved; six times as long if it was moved by
+    hand, or could not be moved."""

@@ -175,6 +175,8 @@ class Reports:
         beside = self._overlap.ended(job.kind, now, done.seconds, since)
         if not done.refused and tokens:
             steps = max(1, done.steps)
+            runs = steps if job.kind == "decode" else 1
+            self._tally.took(job.kind, job.model, runs, done.seconds, beside)
             self._policy.observe(
                 JobEnded(job.kind, job.model, tokens, done.seconds, steps, job.context, beside, job.tenants)
             )

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from muxserve.scheduler.requests import Request
 from muxserve.v1 import scheduler_pb2
+
+BESIDE = 0.5
+"""Part of the device that a job does not have while one of the other kind runs beside it."""
+
+
+@dataclass(slots=True)
+class Spent:
+    """Jobs or steps, and seconds of the device."""
+
+    runs: int = 0
+    seconds: float = 0.0
+
+
+NOTHING = Spent()
 
 
 class Tally:
@@ -23,6 +38,25 @@ class Tally:
         """Tokens sampled."""
         self.prefilled: Counter[str] = Counter()
         """Prompt tokens computed, recomputation included."""
+        self.finished: Counter[str] = Counter()
+        """Requests that were generated to their end, and their tokens."""
+        self.finished_prompt: Counter[str] = Counter()
+        self.finished_output: Counter[str] = Counter()
+        self.spent: dict[tuple[str, str], Spent] = {}
+        """What jobs took, by kind and model."""
+
+    def answered(self, request: Request) -> None:
+        """A request was generated to its end."""
+        self.finished[request.model] += 1
+        self.finished_prompt[request.model] += len(request.queued.prompt_tokens)
+        self.finished_output[request.model] += len(request.output)
+
+    def took(self, kind: str, model: str, runs: int, seconds: float, beside: float) -> None:
+        """A job ended well: `runs` jobs or steps in `seconds`, of which the part `beside` had a job of the
+        other kind beside it."""
+        spent = self.spent.setdefault((kind, model), Spent())
+        spent.runs += runs
+        spent.seconds += seconds * (1 - BESIDE * beside)
 
     def status(
         self, unit: str, policy: str, connected: bool, quotas: Mapping[str, int], requests: Iterable[Request]
@@ -42,6 +76,13 @@ class Tally:
                 generated_tokens=self.generated[name],
                 prefill_tokens=self.prefilled[name],
                 refusals=self.refusals[name],
+                finished_requests=self.finished[name],
+                finished_prompt_tokens=self.finished_prompt[name],
+                finished_output_tokens=self.finished_output[name],
+                prefill_jobs=self.spent.get(("prefill", name), NOTHING).runs,
+                prefill_seconds=self.spent.get(("prefill", name), NOTHING).seconds,
+                decode_steps=self.spent.get(("decode", name), NOTHING).runs,
+                decode_seconds=self.spent.get(("decode", name), NOTHING).seconds,
             )
             for name, quota in quotas.items()
         ]
