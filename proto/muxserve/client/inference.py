@@ -35,6 +35,8 @@ _STATES = {
     inference_pb2.MODEL_STATE_LOADING: ModelState.LOADING,
     inference_pb2.MODEL_STATE_READY: ModelState.READY,
     inference_pb2.MODEL_STATE_FAILED: ModelState.FAILED,
+    inference_pb2.MODEL_STATE_ASLEEP: ModelState.ASLEEP,
+    inference_pb2.MODEL_STATE_DRAINING: ModelState.DRAINING,
 }
 
 
@@ -164,6 +166,7 @@ def model_of(message: inference_pb2.Model) -> Model:
         architecture=message.architecture,
         dtype=message.dtype,
         chat=message.chat,
+        expected_wait=message.expected_wait_seconds,
     )
 
 

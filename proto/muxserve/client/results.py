@@ -27,8 +27,17 @@ class ModelState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
+    ASLEEP = "asleep"
+    """Its weights are not loaded: the first request wakes it."""
+    DRAINING = "draining"
+    """Of one of its places: it takes no new requests and is about to be unloaded."""
     UNKNOWN = "unknown"
     """Not said, or a state that is newer than this SDK."""
+
+    @property
+    def served(self) -> bool:
+        """Whether requests for a model in this state are taken."""
+        return self in (ModelState.READY, ModelState.ASLEEP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,3 +135,6 @@ class Model:
     """"float32" or "bfloat16"."""
     chat: bool
     """Whether it has a chat template."""
+    expected_wait: float = 0.0
+    """Where it is ASLEEP: seconds that a request would wait for it now. 0: not known. Infinite: what is
+    pinned leaves no room for it."""

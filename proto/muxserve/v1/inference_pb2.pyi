@@ -377,6 +377,7 @@ class Model(_message.Message):
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name in requests."""
     state: Global___ModelState.ValueType
@@ -391,6 +392,10 @@ class Model(_message.Message):
     """"float32" or "bfloat16"."""
     chat: _builtins.bool
     """Whether conversations can be rendered."""
+    expected_wait_seconds: _builtins.float
+    """Where it is ASLEEP: seconds that a request would wait for it now. 0: not known. Infinite: what is pinned leaves no
+    room for it.
+    """
     def __init__(
         self,
         *,
@@ -401,10 +406,11 @@ class Model(_message.Message):
         architecture: _builtins.str = ...,
         dtype: _builtins.str = ...,
         chat: _builtins.bool = ...,
+        expected_wait_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "chat", b"chat", "context_length", b"context_length", "dtype", b"dtype", "name", b"name", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "chat", b"chat", "context_length", b"context_length", "dtype", b"dtype", "expected_wait_seconds", b"expected_wait_seconds", "name", b"name", "reason", b"reason", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

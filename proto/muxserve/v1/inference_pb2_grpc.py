@@ -64,8 +64,9 @@ class InferenceServiceServicer(object):
 
         INVALID_ARGUMENT: a field is out of range (named). NOT_FOUND: no such model. FAILED_PRECONDITION: a
         conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full, or the call's
-        deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
-        deadline passed. Cancelling the call stops the work wherever it is.
+        deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached; or the
+        model is asleep and could not be woken before the call's deadline, then RetryInfo has the wait that is expected.
+        DEADLINE_EXCEEDED: the call's deadline passed. Cancelling the call stops the work wherever it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,8 +41,9 @@ class InferenceServiceStub:
 
     INVALID_ARGUMENT: a field is out of range (named). NOT_FOUND: no such model. FAILED_PRECONDITION: a
     conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full, or the call's
-    deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
-    deadline passed. Cancelling the call stops the work wherever it is.
+    deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached; or the
+    model is asleep and could not be woken before the call's deadline, then RetryInfo has the wait that is expected.
+    DEADLINE_EXCEEDED: the call's deadline passed. Cancelling the call stops the work wherever it is.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """Lists the models and whether they are ready."""
@@ -62,8 +63,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     INVALID_ARGUMENT: a field is out of range (named). NOT_FOUND: no such model. FAILED_PRECONDITION: a
     conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full, or the call's
-    deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
-    deadline passed. Cancelling the call stops the work wherever it is.
+    deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached; or the
+    model is asleep and could not be woken before the call's deadline, then RetryInfo has the wait that is expected.
+    DEADLINE_EXCEEDED: the call's deadline passed. Cancelling the call stops the work wherever it is.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models and whether they are ready."""
@@ -86,8 +88,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT: a field is out of range (named). NOT_FOUND: no such model. FAILED_PRECONDITION: a
         conversation for a model without a chat template. RESOURCE_EXHAUSTED: the model's queue is full, or the call's
-        deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached (RetryInfo). DEADLINE_EXCEEDED: the call's
-        deadline passed. Cancelling the call stops the work wherever it is.
+        deadline could not be met (RetryInfo). UNAVAILABLE: the model is loading, or the queue cannot be reached; or the
+        model is asleep and could not be woken before the call's deadline, then RetryInfo has the wait that is expected.
+        DEADLINE_EXCEEDED: the call's deadline passed. Cancelling the call stops the work wherever it is.
         """
 
     @_abc_1.abstractmethod

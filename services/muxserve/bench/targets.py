@@ -16,7 +16,6 @@ from muxserve.client import (
     AsyncClient,
     ClientOptions,
     DeadlineExceeded,
-    ModelState,
     MuxServeError,
     Overloaded,
     Unavailable,
@@ -98,7 +97,7 @@ class Gateway:
             models = await self._client.models(timeout=10)
         except MuxServeError as error:
             raise Failed(f"{self.name}: {error}") from error
-        return {model.name: model.context_length for model in models if model.state is ModelState.READY}
+        return {model.name: model.context_length for model in models if model.state.served}
 
     async def send(
         self, request: Request, timeout: float | None, reply: Reply, arrived: Callable[[], None]

@@ -100,7 +100,7 @@ class LiveDisplay:
             model = progress.models.get(name, ModelProgress(ModelState.LOADING, "", "waiting", ""))
             style = "red" if model.state is ModelState.FAILED else "dim"
             table.add_row(
-                self._mark(model.state is ModelState.READY),
+                self._mark(model.state.served),
                 Text(f"model {name}"),
                 Text(describe(model), style),
             )

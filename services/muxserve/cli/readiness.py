@@ -47,7 +47,7 @@ class Progress:
     models: Mapping[str, ModelProgress] = field(default_factory=dict)
     """By name."""
     ready: bool = False
-    """Every model can be used through the gateway."""
+    """Every model can be used through the gateway; one that is asleep can."""
 
     @property
     def failed(self) -> list[str]:
@@ -71,7 +71,7 @@ class Readiness:
         except MuxServeError:
             return Progress()
         models = _models(status)
-        ready = all(model.state is ModelState.READY for model in models.values())
+        ready = all(model.state.served for model in models.values())
         connected = all(unit.connected for unit in status.units)
         served = bool(models) and ready and connected and await self._gateway_serves(models)
         return Progress(frozenset(service.id for service in status.services), models, served)
@@ -88,7 +88,7 @@ class Readiness:
             known = await self._client.models()
         except (grpc.aio.AioRpcError, MuxServeError):
             return False
-        ready = {model.name for model in known if model.state is ModelState.READY}
+        ready = {model.name for model in known if model.state.served}
         return answer.status == health_pb2.HealthCheckResponse.SERVING and ready >= models.keys()
 
 

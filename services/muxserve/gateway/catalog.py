@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -18,11 +20,10 @@ log = structlog.get_logger(__name__)
 LOADING_RETRY = 2.0
 """Seconds after which clients are told to try a model again that is loading."""
 _NAMES_IN_ERROR = 20
-_RANK = {
-    inference_pb2.MODEL_STATE_READY: 0,
-    inference_pb2.MODEL_STATE_LOADING: 1,
-    inference_pb2.MODEL_STATE_FAILED: 2,
-}
+_READY, _ASLEEP = inference_pb2.MODEL_STATE_READY, inference_pb2.MODEL_STATE_ASLEEP
+_LOADING, _FAILED = inference_pb2.MODEL_STATE_LOADING, inference_pb2.MODEL_STATE_FAILED
+_DRAINING = inference_pb2.MODEL_STATE_DRAINING
+_RANK = {_READY: 0, _ASLEEP: 1, _LOADING: 2, _DRAINING: 2, _FAILED: 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,20 @@ class ServedModel:
     path: str
     """Of its checkpoint."""
     state: inference_pb2.ModelState.ValueType
-    """READY if any unit has it ready."""
+    """READY if any unit has it ready; else ASLEEP if a request for it would wake it, or wait while it loads
+    because another one did."""
     reason: str
     """Why it FAILED."""
     shape: common_pb2.ModelShape
-    """context_length is what fits on every unit that has it ready."""
+    """context_length is what fits on every unit that may serve it."""
+    wait: float = 0.0
+    """Where it is ASLEEP: seconds that a request is likely to wait, from `room_at` on. 0: not known."""
+    room_at: float = 0.0
+    """Where it is ASLEEP: Unix time when there will be room for it."""
+
+    def expected_wait(self, now: float) -> float:
+        """Seconds that a request which comes at Unix time `now` is likely to wait before it is served."""
+        return self.wait + max(0.0, self.room_at - now)
 
 
 def served_models(placement: admin_pb2.Placement) -> dict[str, ServedModel]:
@@ -49,13 +59,25 @@ def served_models(placement: admin_pb2.Placement) -> dict[str, ServedModel]:
 
 
 def _merged(name: str, placed: Iterable[admin_pb2.PlacedModel]) -> ServedModel:
-    ranked = sorted(placed, key=lambda model: _RANK.get(model.state, len(_RANK)))
-    best = ranked[0]
-    alike = [model for model in ranked if model.state == best.state]
+    ranked = sorted(placed, key=lambda model: _RANK.get(_state(model), len(_RANK)))
+    state = _state(ranked[0])
+    alike = [model for model in ranked if _state(model) == state]
+    best = min(alike, key=lambda model: (model.room_at_unix_ms, model.expected_wait_seconds))
     shape = common_pb2.ModelShape()
     shape.CopyFrom(best.shape)
     shape.context_length = min(model.shape.context_length for model in alike)
-    return ServedModel(name, best.config.path, best.state, best.reason, shape)
+    reason = best.reason if state == _FAILED else ""
+    served = ServedModel(name, best.config.path, state, reason, shape)
+    if state != _ASLEEP:
+        return served
+    return replace(served, wait=best.expected_wait_seconds, room_at=best.room_at_unix_ms / 1000)
+
+
+def _state(model: admin_pb2.PlacedModel) -> inference_pb2.ModelState.ValueType:
+    """A place that was asleep and loads is, to clients, still asleep: their requests wait for it."""
+    if model.state == _LOADING and model.expected_wait_seconds:
+        return _ASLEEP
+    return _LOADING if model.state == _DRAINING else model.state
 
 
 class Catalog:
@@ -85,9 +107,9 @@ class Catalog:
         self._changed()
 
     @property
-    def any_ready(self) -> bool:
-        """Whether some model can be served."""
-        return any(model.state == inference_pb2.MODEL_STATE_READY for model in self._models.values())
+    def any_served(self) -> bool:
+        """Whether requests for some model are taken."""
+        return any(model.state in (_READY, _ASLEEP) for model in self._models.values())
 
     def find(self, name: str) -> ServedModel:
         """Raises NotFound, or Unavailable before the first placement is seen."""
@@ -101,14 +123,35 @@ class Catalog:
             hint = f"there are {', '.join(names[:_NAMES_IN_ERROR])}{more}" if names else "there is none"
             raise NotFound("model", name, hint) from None
 
-    def ready(self, name: str) -> ServedModel:
-        """A model that serves. Raises NotFound, Unavailable (loading) or FailedPrecondition (failed)."""
+    def check(self, name: str) -> None:
+        """Raises NotFound or FailedPrecondition if requests for the model that wait will never be served."""
+        if self._known and self.find(name).state == _FAILED:
+            raise FailedPrecondition(f'model "{name}" cannot be served: {self._models[name].reason}')
+
+    def admit(self, name: str, seconds: float) -> ServedModel:
+        """A model that may serve a request within the `seconds` that it has.
+
+        Raises NotFound, FailedPrecondition where it has failed, and Unavailable where it loads, or is asleep
+        and could not be woken in time.
+        """
         model = self.find(name)
-        if model.state == inference_pb2.MODEL_STATE_READY:
+        if model.state == _READY:
             return model
-        if model.state == inference_pb2.MODEL_STATE_FAILED:
-            raise FailedPrecondition(f'model "{name}" cannot be served: {model.reason}')
-        raise Unavailable(f'model "{name}" is loading', LOADING_RETRY)
+        self.check(name)
+        if model.state != _ASLEEP:
+            raise Unavailable(f'model "{name}" is loading', LOADING_RETRY)
+        wait = model.expected_wait(time.time())
+        if math.isinf(wait):
+            raise Unavailable(
+                f'model "{name}" is asleep, and pinned models leave no room for it', LOADING_RETRY
+            )
+        if wait > seconds:
+            raise Unavailable(
+                f'model "{name}" is asleep: it is expected to take {wait:.2f} s until it is awake, and the'
+                f" request has {seconds:.2f} s",
+                wait,
+            )
+        return model
 
     async def tokenizer(self, model: ServedModel) -> Tokenizer:
         """Waits for it to be loaded. Raises TokenizerError."""
@@ -133,6 +176,7 @@ class Catalog:
             architecture=model.shape.architecture,
             dtype=model.shape.dtype,
             chat=chat,
+            expected_wait_seconds=model.expected_wait(time.time()) if model.state == _ASLEEP else 0.0,
         )
 
     async def describe_all(self) -> list[inference_pb2.Model]:

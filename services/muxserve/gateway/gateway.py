@@ -13,6 +13,7 @@ from muxserve.common.documents import PlacementStore
 from muxserve.common.errors import (
     DeadlineExceeded,
     InvalidArgument,
+    ServiceError,
     Unavailable,
 )
 from muxserve.common.queue import RequestQueue
@@ -66,8 +67,8 @@ class Gateway:
 
     @property
     def ready(self) -> bool:
-        """Whether requests would be served: a model is ready and a scheduler listens."""
-        return self.catalog.any_ready and self._links.attached and not self._draining
+        """Whether requests would be served: a model is ready or can be woken, and a scheduler listens."""
+        return self.catalog.any_served and self._links.attached and not self._draining
 
     async def wait_for_change(self) -> None:
         """Wait until `ready` may have changed."""
@@ -113,10 +114,10 @@ class Gateway:
             raise Unavailable("the gateway is stopping", STOPPING_RETRY)
         self._table.check_room()
         check_request(request)
-        model = self.catalog.ready(request.model)
+        seconds = self._settings.default_deadline if time_remaining is None else time_remaining
+        model = self.catalog.admit(request.model, seconds)
         tokenizer = await self._tokenizer(request, model)
         queued = await self._resolve(request, model, tokenizer)
-        seconds = self._settings.default_deadline if time_remaining is None else time_remaining
         self._stamp(queued, request_id, seconds)
         live = self._table.open(queued)
         late = DeadlineExceeded(f"the request did not end within {seconds:.3g} s")
@@ -188,3 +189,14 @@ class Gateway:
     async def _follow_placement(self) -> None:
         async for placement in self._placements.watch():
             self.catalog.update(placement)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Fail requests that no scheduler has or will take: their model has failed while they waited."""
+        for live in self._table:
+            if live.attempt:
+                continue
+            try:
+                self.catalog.check(live.queued.model)
+            except ServiceError as error:
+                live.fail(error)
