@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from muxserve.placement.advisor_situation import Move, Situation, changed
 from muxserve.placement.solver.fixed import Loaded
 
-Step = tuple[Move, Loaded]
-"""A move, and what is loaded after it."""
+Step = tuple[list[Move], Loaded]
+"""A move, of which there may be two parts, and what is loaded after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class _Route:
             step = self._load(state) or self._unload(state) or self._detour(state) or self._sleep(state)
             if step is None or len(moves) > 4 * len(self._models) * len(self._workers):
                 return None
-            moves.append(step[0])
+            moves += step[0]
             state = step[1]
         return Way(tuple(moves), frozenset(self._slept))
 
@@ -54,19 +54,22 @@ class _Route:
             source = next((o for o, m in enumerate(state) if i in m and i not in self._goal[o]), None)
             if source is not None:
                 sets[source] = state[source] - {i}
-            left = self._leave(i, k, source, state)
-            return Move(self._models[i].name, left, self._workers[k].id), changed(state, sets)
+            return self._come(i, k, source, state), changed(state, sets)
         return None
 
-    def _leave(self, i: int, k: int, source: int | None, state: Loaded) -> str:
-        """Id of the worker that a model leaves for worker `k`; one where it only sleeps is left too."""
-        asleep = self._asleep[i]
-        if source is not None or any(i in models for models in state) or self._workers[k].id in asleep:
-            asleep.discard(self._workers[k].id)
-            return "" if source is None else self._workers[source].id
-        left = min(asleep, default="")
+    def _come(self, i: int, k: int, source: int | None, state: Loaded) -> list[Move]:
+        """Model `i` leaves `source`, if that is one, for worker `k`. A place where it only sleeps goes there
+        too, and is woken there."""
+        name, target, asleep = self._models[i].name, self._workers[k].id, self._asleep[i]
+        here = target in asleep
+        asleep.discard(target)
+        if source is not None:
+            return [Move(name, self._workers[source].id, target)]
+        if here or not asleep or any(i in models for models in state):
+            return [Move(name, "", target)]
+        left = min(asleep)
         asleep.discard(left)
-        return left
+        return [Move(name, left, target), Move(name, "", target)]
 
     def _unload(self, state: Loaded) -> Step | None:
         """Unload what is to go and is loaded elsewhere too, or what nobody asks for."""
@@ -83,7 +86,7 @@ class _Route:
                 fits = i not in models and self._situation.fits(other, models | {i})
                 if fits and other != k and self._situation.may_come(i, other):
                     after = changed(state, {k: state[k] - {i}, other: models | {i}})
-                    return Move(self._models[i].name, self._workers[k].id, self._workers[other].id), after
+                    return [Move(self._models[i].name, self._workers[k].id, self._workers[other].id)], after
         return None
 
     def _sleep(self, state: Loaded) -> Step | None:
@@ -104,4 +107,4 @@ class _Route:
         after = changed(state, {k: state[k] - {i}})
         if not any(i in models for models in after):  # its last place stays, asleep
             self._asleep[i].add(self._workers[k].id)
-        return Move(self._models[i].name, self._workers[k].id), after
+        return [Move(self._models[i].name, self._workers[k].id)], after

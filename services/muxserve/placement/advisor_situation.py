@@ -134,8 +134,8 @@ def _machines(workers: Sequence[Worker], models: Sequence[Served]) -> list[Machi
         key = (worker.device, worker.compute_units, worker.prefill_factor, worker.decode_factor)
         if key not in estimators:
             device = ceilings(worker.device, worker.compute_units)
-            device = device.slower(worker.prefill_factor, worker.decode_factor)
-            estimators[key] = Estimator(MachineCosts(footprints, device), device.bandwidth)
+            costs = MachineCosts(footprints, device, worker.prefill_factor, worker.decode_factor)
+            estimators[key] = Estimator(costs, device.bandwidth)
         budget = worker.weight_budget or math.inf
         machines.append(Machine(worker.id, budget, worker.kv_bytes, estimators[key]))
     return machines

@@ -7,7 +7,7 @@ corrected by what the device was seen to take.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from muxserve.placement.solver.roofline import A100, SMOOTH
 from muxserve.placement.solver.shapes import ITEM, Shape
@@ -55,10 +55,6 @@ class Ceilings:
     saturation: float
     """See `roofline.Device`."""
 
-    def slower(self, compute: float, memory: float) -> Ceilings:
-        """The same with times of prefill and decode jobs multiplied."""
-        return replace(self, flops=self.flops / compute, bandwidth=self.bandwidth / memory)
-
 
 _CORE_FLOPS, _CORE_BANDWIDTH, _CORES_BANDWIDTH = 90e9, 16e9, 120e9
 _GPUS = {"H200": (700e12, 4.0e12), "H100": (700e12, 2.8e12), "A100": (A100.flops, A100.bandwidth)}
@@ -84,6 +80,9 @@ class MachineCosts:
 
     footprints: Mapping[str, Footprint]
     device: Ceilings
+    prefill_factor: float = 1.0
+    decode_factor: float = 1.0
+    """How many times as long as the ceilings say jobs were seen to take."""
 
     def degrees(self, model: str, shape: Shape) -> Sequence[int]:
         """See `CostModel`."""
@@ -95,12 +94,13 @@ class MachineCosts:
 
     def prefill(self, model: str, degree: int, share: float, batch: float, length: float) -> float:
         """See `CostModel`."""
-        return self._seconds(self.footprints[model], share, max(1.0, batch * length), batch * length)
+        tokens = max(1.0, batch * length)
+        return self.prefill_factor * self._seconds(self.footprints[model], share, tokens, tokens)
 
     def decode(self, model: str, degree: int, share: float, batch: float, context: float) -> float:
         """See `CostModel`."""
         batch = max(1.0, batch)
-        return self._seconds(self.footprints[model], share, batch, batch * context)
+        return self.decode_factor * self._seconds(self.footprints[model], share, batch, batch * context)
 
     def _seconds(self, model: Footprint, share: float, rows: float, kv_tokens: float) -> float:
         device = self.device
