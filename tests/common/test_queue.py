@@ -97,6 +97,21 @@ async def test_a_restarted_consumer_claims_what_it_forgot_and_nothing_else(
     assert [(d.request.request_id, d.attempt) for d in claimed] == [("r1", 2)]
 
 
+async def test_what_is_handed_back_waits_again_and_is_claimed_by_whoever_comes(queue: RequestQueue) -> None:
+    for index in range(4):
+        await queue.admit(request(f"r{index}"), 10)
+    first = await queue.pull({"a": 3}, "s0", 0)
+    assert await queue.release("a", "s0", [first[0].entry_id]) == 2
+    assert await queue.depth("a") == 3
+    with pytest.raises(Overloaded):
+        await queue.admit(request("r4"), 3)
+    claimed = await queue.claim(["a"], "s1", ["s0", "s1"])
+    assert [(each.request.request_id, each.attempt) for each in claimed] == [("r1", 2), ("r2", 2)]
+    assert await queue.depth("a") == 1
+    assert await queue.release("a", "s0") == 1
+    assert await queue.release("nothing-was-ever-queued", "s0") == 0
+
+
 async def test_claim_skips_entries_withdrawn_while_pending(queue: RequestQueue, redis_client: Redis) -> None:
     entry = await queue.admit(request("r0"), 9)
     await queue.pull({"a": 1}, "dead", 0)

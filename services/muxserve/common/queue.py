@@ -2,7 +2,8 @@
 
 An entry lives from admission until the request is over, so that a dead scheduler's requests are found in the
 group's pending list. Its delivery count is the request's attempt. A request waits while it is in the stream
-and was delivered to nobody.
+and was delivered to nobody, or was handed back: then it is pending for a consumer that nobody is, RELEASED,
+so that whoever serves its model claims it before new ones are pulled.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from muxserve.common.store import RETRY_AFTER, redis_errors
 from muxserve.v1 import scheduler_pb2
 
 GROUP = "schedulers"
+RELEASED = "released"
+"""Consumer of requests that were handed back. No unit bears this name."""
 FIELD = b"r"
 CLAIM_LIMIT = 1000
 """Most pending entries of a model that one claim looks at."""
@@ -36,7 +39,11 @@ end
 _ADMIT = (
     _PENDING % ("", "")
     + """
-if redis.call('XLEN', KEYS[1]) - pending[1] >= tonumber(ARGV[2]) then return false end
+local waiting = redis.call('XLEN', KEYS[1]) - pending[1]
+for _, consumer in ipairs(pending[4] or {}) do
+  if consumer[1] == ARGV[5] then waiting = waiting + consumer[2] end
+end
+if waiting >= tonumber(ARGV[2]) then return false end
 return redis.call('XADD', KEYS[1], '*', ARGV[3], ARGV[4])
 """
 )
@@ -60,6 +67,20 @@ end
 return claimed
 """
 )
+# Delivery counts stay as they are (JUSTID): handing back is no attempt.
+_RELEASE = f"""
+local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', {CLAIM_LIMIT}, ARGV[2])
+if pending.err then return 0 end
+local kept, released = {{}}, 0
+for i = 4, #ARGV do kept[ARGV[i]] = true end
+for _, entry in ipairs(pending) do
+  if not kept[entry[1]] then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, entry[1], 'JUSTID')
+    released = released + 1
+  end
+end
+return released
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +101,7 @@ class RequestQueue:
         self._redis: Any = redis
         self._admit = redis.register_script(_ADMIT)
         self._claim = redis.register_script(_CLAIM)
+        self._release = redis.register_script(_RELEASE)
 
     async def admit(self, request: scheduler_pb2.QueuedRequest, max_waiting: int) -> str:
         """Append `request` to its model's queue; returns its entry id.
@@ -90,7 +112,7 @@ class RequestQueue:
         with redis_errors("queueing a request"):
             entry = await self._admit(
                 keys=[keys.queue(request.model)],
-                args=[GROUP, max_waiting, FIELD, request.SerializeToString()],
+                args=[GROUP, max_waiting, FIELD, request.SerializeToString(), RELEASED],
             )
         if entry is None:
             raise Overloaded(
@@ -155,15 +177,24 @@ class RequestQueue:
                 deliveries += await self._parse(model, entry_id, payload, attempt)
         return deliveries
 
+    async def release(self, model: str, consumer: str, kept: Collection[str] = ()) -> int:
+        """Hand back the entries that `consumer` has, but for those in `kept`, for others to claim at once;
+        how many there were."""
+        with redis_errors("handing requests back"):
+            arguments = [GROUP, consumer, RELEASED, *kept]
+            return int(await self._release(keys=[keys.queue(model)], args=arguments))
+
     async def depth(self, model: str) -> int:
-        """Requests of `model` that wait: admitted, and delivered to no scheduler."""
+        """Requests of `model` that wait: admitted and delivered to no scheduler, or handed back."""
         key = keys.queue(model)
         with redis_errors("reading a queue's length"):
             length = int(await self._redis.xlen(key))
             try:
-                return length - int((await self._redis.xpending(key, GROUP))["pending"])
+                pending = await self._redis.xpending(key, GROUP)
             except ResponseError:  # no group: nothing was ever delivered
                 return length
+        released = [each["pending"] for each in pending["consumers"] if each["name"] == RELEASED.encode()]
+        return length - int(pending["pending"]) + sum(map(int, released))
 
     async def _read(self, streams: Iterable[str], count: int, consumer: str, block_ms: int) -> Any:
         wanted = dict.fromkeys(streams, ">")

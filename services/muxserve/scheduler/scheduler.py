@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -16,10 +17,10 @@ from muxserve.common.queue import RequestQueue
 from muxserve.scheduler import policy
 from muxserve.scheduler.acks import Acknowledger
 from muxserve.scheduler.gateways import GatewayHub
-from muxserve.scheduler.runner import UnitRunner
+from muxserve.scheduler.runner import Peers, UnitRunner
 from muxserve.scheduler.settings import SchedulerSettings
 from muxserve.scheduler.unit import Unit
-from muxserve.v1 import admin_pb2, scheduler_pb2
+from muxserve.v1 import admin_pb2, inference_pb2, scheduler_pb2
 
 log = structlog.get_logger(__name__)
 
@@ -60,20 +61,29 @@ class Scheduler:
 
     def _follow(self, placement: admin_pb2.Placement, group: asyncio.TaskGroup) -> None:
         units = {unit.unit: unit for unit in placement.units}
+        places: dict[str, dict[str, inference_pb2.ModelState.ValueType]] = defaultdict(dict)
+        for name, unit in units.items():
+            for model in unit.models:
+                if model.state != inference_pb2.MODEL_STATE_FAILED:
+                    places[model.config.name][name] = model.state
         for name in self._runners.keys() - units.keys():
             log.info("unit is gone", unit=name)
-            left = {m.config.name for u in units.values() for m in u.models}
-            self._runners.pop(name).place(admin_pb2.Unit(), left, set(units))
+            self._runners.pop(name).place(admin_pb2.Unit(), places)
             self._tasks.pop(name).cancel()
         for name, unit in units.items():
-            elsewhere = {m.config.name for n, u in units.items() if n != name for m in u.models}
             if name not in self._runners:
                 make = partial(self._make_unit, name)
                 runner = UnitRunner(make, self.id, self._redis, self._queue, self.hub)
                 self._runners[name] = runner
                 self._tasks[name] = group.create_task(runner.run(), name=f"unit {name}")
-            self._runners[name].place(unit, elsewhere, set(units))
+            self._runners[name].place(unit, _others(places, name))
 
     def _make_unit(self, name: str) -> Unit:
         made = policy.create(self._settings.policy, self._settings.policy_options())
         return Unit(name, self._settings.policy, made, self.hub, self._acks)
+
+
+def _others(places: Peers, unit: str) -> Peers:
+    """`places` without those in `unit`."""
+    others = {model: {u: s for u, s in units.items() if u != unit} for model, units in places.items()}
+    return {model: units for model, units in others.items() if units}

@@ -4,6 +4,9 @@
         │           ▲            │            │
         └► awaiting resume       └── lost or preempted: back to waiting, in the order of arrival
 
+Requests of a model that leaves the unit, or goes to sleep, are handed back: what waits at once, what runs
+when its time is over.
+
 Everything that happens (deliveries, cancels, the worker's messages, timers) changes state at once and asks
 for one turn of the policy, which comes when the event loop has heard what else there is.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import structlog
 from google.rpc import code_pb2
@@ -43,6 +46,8 @@ log = structlog.get_logger(__name__)
 
 RESUME_GRACE = 10.0
 """Seconds that an attached gateway has to answer a resume query."""
+FAILED = inference_pb2.MODEL_STATE_FAILED
+LEAVING = (inference_pb2.MODEL_STATE_DRAINING, inference_pb2.MODEL_STATE_ASLEEP)
 AHEAD = 4
 """Requests that wait here at most, as a multiple of their model's slots."""
 
@@ -61,6 +66,8 @@ class Unit:
         """What the worker says became of them; of its Jobs stream, so of a revision of this unit's."""
         self.on_change: Callable[[], None] = lambda: None
         """Called after every turn: room in the queues or quotas may have changed."""
+        self.handed_back: set[str] = set()
+        """Models with entries that are this unit's in the queue and are not to be."""
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the error of a turn that failed: a defect, after which this unit cannot go on."""
         self._policy_name = policy_name
@@ -68,6 +75,9 @@ class Unit:
         self._hub = hub
         self._acks = acks
         self._configs: dict[str, common_pb2.ModelConfig] = {}
+        self._leaving: dict[str, float] = {}
+        """Models that take no requests any more, and the loop time when what runs is handed back."""
+        self._elsewhere: Collection[str] = ()
         self._requests: dict[str, Request] = {}
         self._by_number: dict[int, Request] = {}
         self._ending: set[tuple[str, str]] = set()
@@ -80,17 +90,27 @@ class Unit:
 
     # Models and quotas
 
-    def place(self, unit: admin_pb2.Unit, elsewhere: set[str]) -> None:
-        """Take the unit's part of the placement. Requests of models that are gone or failed fail; `elsewhere`
-        are models of other units."""
-        self._configs = {
-            m.config.name: m.config for m in unit.models if m.state != inference_pb2.MODEL_STATE_FAILED
+    def place(self, unit: admin_pb2.Unit, elsewhere: Collection[str]) -> None:
+        """Take the unit's part of the placement. `elsewhere`: models that other units serve. Requests of
+        models that are nowhere, or failed, fail."""
+        placed = {m.config.name: m for m in unit.models}
+        self._configs = {name: m.config for name, m in placed.items() if m.state != FAILED}
+        self._elsewhere = elsewhere
+        loop = asyncio.get_running_loop()
+        self._leaving = {
+            name: self._clock.loop(m.drain_until_unix_ms) for name, m in placed.items() if m.state in LEAVING
         }
-        failed = {m.config.name: m.reason for m in unit.models if m.config.name not in self._configs}
+        for at in set(self._leaving.values()):
+            loop.call_at(max(at, loop.time()), self.ask_turn)
         for request in list(self._requests.values()):
-            if request.model in failed:
-                self.fail(request, code_pb2.UNAVAILABLE, f"the model failed: {failed[request.model]}")
-            elif request.model not in self._configs and request.model not in elsewhere:
+            if request.model in self._configs:
+                continue
+            if request.model in elsewhere:
+                self._hand_back(request)
+            elif request.model in placed:
+                reason = placed[request.model].reason
+                self.fail(request, code_pb2.UNAVAILABLE, f"the model failed: {reason}")
+            else:
                 self.fail(request, code_pb2.NOT_FOUND, f'no model named "{request.model}"')
         self.quotas = {name: blocks for name, blocks in self.quotas.items() if name in self._configs}
         self.ask_turn()
@@ -101,8 +121,13 @@ class Unit:
         return sorted(self._configs)
 
     def serves(self, model: str) -> bool:
-        """Whether the worker is there and has loaded it."""
-        return self.seats.connected and model in self._configs and model in self.seats.shapes
+        """Whether it takes requests: the worker is there and has loaded it, and it stays."""
+        placed = model in self._configs and model not in self._leaving
+        return placed and self.seats.connected and model in self.seats.shapes
+
+    def leaves(self, model: str) -> bool:
+        """Whether its requests are handed back."""
+        return model in self._leaving
 
     def room(self, model: str) -> int:
         """Requests of `model` to pull from its queue now. What is not here cannot be refused in time, nor go
@@ -139,6 +164,10 @@ class Unit:
 
     def deliver(self, delivery: Delivery) -> None:
         """A request from the queue."""
+        if delivery.model in self._leaving or not self._has(delivery.model):
+            self.handed_back.add(delivery.model)
+            self.ask_turn()
+            return
         request = Request.from_delivery(self._hub.new_number(), delivery, self._clock)
         if (before := self._requests.get(request.id)) is not None:
             if before.entry_id == delivery.entry_id:
@@ -164,6 +193,22 @@ class Unit:
             loop.call_later(RESUME_GRACE, self._give_up_resume, request)
         self._hub.send(request.gateway, [request.started()])
         self.ask_turn()
+
+    def _has(self, model: str) -> bool:
+        """Whether its requests are for this unit to serve, or to turn away."""
+        return model in self._configs or model not in self._elsewhere
+
+    def _hand_back(self, request: Request) -> None:
+        """Forget it; whoever serves its model goes on with it."""
+        self._drop(request)
+        self.handed_back.add(request.model)
+
+    def _let_go(self) -> None:
+        """Hand back what does not run, or must not any longer."""
+        now = asyncio.get_running_loop().time()
+        for request in [r for r in self._requests.values() if r.model in self._leaving]:
+            if request.sequence is None or now >= self._leaving[request.model]:
+                self._hand_back(request)
 
     def cancel(self, request_id: str) -> None:
         """See `RequestOwner`."""
@@ -279,6 +324,7 @@ class Unit:
         self._drop(request)
         if event.HasField("tokens"):
             self._tell_end(request)
+            self._tally.answered(request)
         if event.HasField("tokens"):
             event = request.tokens(request.resumed_at, event.tokens.finish_reason)
         entry = (request.model, request.entry_id)
@@ -311,6 +357,8 @@ class Unit:
     def _turn(self) -> None:
         self._turn_due = False
         try:
+            if self._leaving:
+                self._let_go()
             if self.seats.connected:
                 self._decide()
             self.on_change()
