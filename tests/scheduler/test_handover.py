@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import TypeAlias
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.scheduler.fake_worker import FakeWorker, completion, shape
 READY = inference_pb2.MODEL_STATE_READY
 ASLEEP = inference_pb2.MODEL_STATE_ASLEEP
 DRAINING = inference_pb2.MODEL_STATE_DRAINING
-State = inference_pb2.ModelState.ValueType
+State: TypeAlias = inference_pb2.ModelState.ValueType
 
 PROMPTS = [[n, n + 1, n + 2] for n in range(12)]
 
