@@ -14,9 +14,12 @@ from muxserve.common.registry import Registry, entry_of_this_process
 from muxserve.common.rpc import RpcServer
 from muxserve.common.settings import load_settings
 from muxserve.common.store import connect
+from muxserve.placement.advisor_loop import Rebalancer, starter
+from muxserve.placement.advisor_watch import Watch
 from muxserve.placement.reconcile import Reconciler
 from muxserve.placement.service import AdminServicer
 from muxserve.placement.settings import PlacementSettings
+from muxserve.placement.traffic import Traffic
 from muxserve.placement.workers import WorkerCalls
 from muxserve.v1 import admin_pb2, admin_pb2_grpc
 
@@ -31,6 +34,9 @@ async def serve(settings: PlacementSettings, stop: asyncio.Event) -> None:
     registry, calls = Registry(redis), WorkerCalls(settings.load_timeout)
     reconciler = Reconciler(settings, registry, PlacementStore(redis), calls)
     servicer = AdminServicer(lambda: reconciler.placement, registry, QuotaStore(redis), calls)
+    expected = {model.name: model.rate for model in settings.models if model.rate}
+    watch = Watch(redis, registry, calls, Traffic(expected))
+    rebalancer = Rebalancer(settings, lambda: reconciler.placement, watch, starter(reconciler, settings))
     server = RpcServer(settings.bind)
     name = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
     server.add(admin_pb2_grpc.add_AdminServiceServicer_to_server, servicer, name)
@@ -40,14 +46,16 @@ async def serve(settings: PlacementSettings, stop: asyncio.Event) -> None:
     log.info("serving", address=address, models=[model.name for model in settings.models])
     async with registry.keep(entry_of_this_process("placement", settings.id, address)):
         loop = asyncio.create_task(reconciler.run(), name="reconciler")
+        balancing = asyncio.create_task(rebalancer.run(), name="rebalancer")
         ended = asyncio.create_task(stop.wait())
-        await asyncio.wait((loop, ended), return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        loop.cancel()
+        await asyncio.wait((loop, balancing, ended), return_when=asyncio.FIRST_COMPLETED)
+        for task in (ended, balancing, loop):
+            task.cancel()
         with suppress(asyncio.CancelledError):
-            await loop
+            await asyncio.gather(loop, balancing)
         await server.stop(GRACE)
     await servicer.close()
+    await watch.close()
     await calls.close()
     await redis.aclose()
 
