@@ -313,6 +313,7 @@ class Migration(_message.Message):
     DRAIN_UNTIL_UNIX_MS_FIELD_NUMBER: _builtins.int
     ENDED_UNIX_MS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    ASLEEP_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique."""
     model: _builtins.str
@@ -337,6 +338,8 @@ class Migration(_message.Message):
     """When it ended, in milliseconds of Unix time. 0: it has not."""
     error: _builtins.str
     """Why it is rolled back. Empty: it is not."""
+    asleep: _builtins.bool
+    """Whether it sleeps on the target until a request wakes it: there is room only while others sleep."""
     def __init__(
         self,
         *,
@@ -352,10 +355,11 @@ class Migration(_message.Message):
         drain_until_unix_ms: _builtins.int = ...,
         ended_unix_ms: _builtins.int = ...,
         error: _builtins.str = ...,
+        asleep: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "began_unix_ms", b"began_unix_ms", "drain_seconds", b"drain_seconds", "drain_until_unix_ms", b"drain_until_unix_ms", "ended_unix_ms", b"ended_unix_ms", "error", b"error", "id", b"id", "model", b"model", "phase", b"phase", "reason", b"reason", "source_worker", b"source_worker", "target_worker", b"target_worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep", b"asleep", "author", b"author", "began_unix_ms", b"began_unix_ms", "drain_seconds", b"drain_seconds", "drain_until_unix_ms", b"drain_until_unix_ms", "ended_unix_ms", b"ended_unix_ms", "error", b"error", "id", b"id", "model", b"model", "phase", b"phase", "reason", b"reason", "source_worker", b"source_worker", "target_worker", b"target_worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
