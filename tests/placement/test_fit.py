@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +52,20 @@ def test_a_model_too_big_for_every_worker_is_refused_with_the_numbers() -> None:
 
 def test_a_model_goes_only_to_workers_that_accept_it() -> None:
     assert fit([demand("a", 10, "w1")], [room("w0", None), room("w1", None)]).assigned == {"a": "w1"}
+
+
+def test_models_that_do_not_fit_at_once_take_turns() -> None:
+    models = [
+        replace(demand("big", 80, "w0"), load=0.1),
+        replace(demand("pinned", 20, "w0"), stays=True, load=0.1),
+        replace(demand("hot", 50, "w0"), load=9.0),
+        replace(demand("favourite", 30, "w0"), priority=1),
+        demand("cold", 50, "w0"),
+        demand("huge", 90, "w0"),
+    ]
+    result = fit(models, [Capacity("w0", 100 * MIB, for_turns=100 * MIB)])
+    assert result.refused.keys() == {"huge"}  # there is never room for it beside the pinned one
+    assert set(result.asleep) == {"big", "cold"}
 
 
 sizes = st.integers(1, 60)

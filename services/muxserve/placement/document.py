@@ -35,7 +35,14 @@ class Place:
     drain_until: int = 0
     """Unix time in ms when what runs here is handed back, where it is DRAINING or ASLEEP."""
     expected_wait: float = 0.0
-    """Seconds that a request has to wait for it, where it is ASLEEP or LOADING. 0: not known."""
+    """Seconds that a request has to wait for it, from `room_at` on, where it is ASLEEP or was woken. 0: not
+    known, infinite: there can be no room."""
+    room_at: int = 0
+    """Unix time in ms when there will be room for it, where it is ASLEEP. 0: there is."""
+    load_seconds: float = 0.0
+    """That loading it took the last time. 0: not known."""
+    loads: int = 0
+    """How often it was loaded."""
     occupied: bool = True
     """Whether the worker may have its weights. Not in the document: who takes that over finds out."""
 
@@ -205,6 +212,9 @@ def _placed(model: PlannedModel, place: Place) -> admin_pb2.PlacedModel:
         shape=place.shape,
         drain_until_unix_ms=place.drain_until,
         expected_wait_seconds=place.expected_wait,
+        room_at_unix_ms=place.room_at,
+        load_seconds=place.load_seconds,
+        loads=place.loads,
     )
 
 
@@ -226,6 +236,9 @@ def _place(worker: str, placed: admin_pb2.PlacedModel) -> Place:
         placed.shape if placed.HasField("shape") else None,
         placed.drain_until_unix_ms,
         placed.expected_wait_seconds,
+        placed.room_at_unix_ms,
+        placed.load_seconds,
+        placed.loads,
     )
 
 

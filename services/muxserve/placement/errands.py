@@ -15,6 +15,7 @@ from muxserve.common.errors import (
     Cancelled,
     FailedPrecondition,
     NotFound,
+    Overloaded,
     ServiceError,
     Unavailable,
 )
@@ -119,7 +120,7 @@ class Errands:
         log.info("loading", model=name, worker=worker.id)
         began = time.monotonic()
         try:
-            shape = await self._calls.load(worker.address, model.config)
+            loaded = await self._calls.load(worker.address, model.config)
         except AlreadyExists:
             # Loaded under an older configuration.
             log.info("unloading what had this name", model=name, worker=worker.id)
@@ -129,13 +130,24 @@ class Errands:
             if place.state == LOADING:
                 place.loading(f"{worker.id}: {error}")
             await asyncio.sleep(BACKOFF)
+        except Overloaded as error:
+            # One that was woken can be again, when there is room.
+            woken = place.expected_wait > 0
+            if place.state == LOADING and woken:
+                place.sleep()
+            elif place.state == LOADING:
+                place.fail(refusal(error))
+            log.error("no room for a model", model=name, worker=worker.id, error=str(error))
+            await asyncio.sleep(BACKOFF)
         except ServiceError as error:
             if place.state == LOADING:
                 place.fail(refusal(error))
             log.error("model failed", model=name, worker=worker.id, error=str(error))
         else:
+            if loaded.load_seconds:
+                place.loads, place.load_seconds = place.loads + 1, round(loaded.load_seconds, 3)
             if place.state == LOADING:
-                place.ready(shape)
+                place.ready(loaded.shape)
             seconds = round(time.monotonic() - began, 3)
             log.info("model ready", model=name, worker=worker.id, seconds=seconds)
 

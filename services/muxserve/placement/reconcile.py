@@ -217,8 +217,11 @@ class Reconciler:
                     model.refusal = assigned
                     log.error("model refused", model=name, field=assigned.field, reason=assigned.reason)
                 else:
-                    model.add(Place(assigned.worker, shape=assigned.shape))
-                    log.info("model placed", model=name, worker=assigned.worker)
+                    place = Place(assigned.worker, shape=assigned.shape, occupied=not assigned.asleep)
+                    model.add(place)
+                    if assigned.asleep:
+                        place.sleep()
+                    log.info("model placed", model=name, worker=assigned.worker, asleep=assigned.asleep)
         finally:
             self._survey = None
             self.wake()

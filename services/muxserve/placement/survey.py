@@ -14,7 +14,7 @@ from muxserve.common.errors import (
     ServiceError,
     Unavailable,
 )
-from muxserve.placement.document import ASLEEP, Plan, loads
+from muxserve.placement.document import ASLEEP, Plan, PlannedModel, loads
 from muxserve.placement.fit import Capacity, Demand, Refusal, fit
 from muxserve.placement.workers import WorkerCalls
 from muxserve.v1 import admin_pb2, common_pb2, worker_pb2
@@ -29,6 +29,8 @@ class Assignment:
 
     worker: str
     shape: common_pb2.ModelShape
+    asleep: bool
+    """Whether there is room for it only while others sleep."""
 
 
 def refusal(error: ServiceError) -> Refusal:
@@ -36,6 +38,11 @@ def refusal(error: ServiceError) -> Refusal:
     if isinstance(error, InvalidArgument):
         return Refusal(error.reason, error.field)
     return Refusal(str(error), "weight_budget" if isinstance(error, Overloaded) else "")
+
+
+def stays(plan: Plan, model: PlannedModel) -> bool:
+    """Whether the model's weights have to stay loaded."""
+    return plan.pinned(model.name) or model.config.min_resident > 0
 
 
 async def find_places(
@@ -61,7 +68,8 @@ async def find_places(
             else:
                 sizes[worker.id] = answer.weight_bytes
         if sizes:
-            demands.append(Demand(name, sizes, load[name]))
+            priority = plan.models[name].config.residency_priority
+            demands.append(Demand(name, sizes, load[name], stays(plan, plan.models[name]), priority))
         else:
             outcome[name] = refusals[0] if refusals else Refusal("there is no worker", "")
     capacities = [_capacity(plan, worker.id, info, load) for worker, info in zip(workers, infos, strict=True)]
@@ -70,7 +78,7 @@ async def find_places(
     for name, worker_id in decision.assigned.items():
         shape = found[name, worker_id]
         assert isinstance(shape, common_pb2.ModelShape)
-        outcome[name] = Assignment(worker_id, shape)
+        outcome[name] = Assignment(worker_id, shape, name in decision.asleep)
     return outcome
 
 
@@ -88,6 +96,10 @@ async def _inspect(
 def _capacity(plan: Plan, worker: str, info: worker_pb2.WorkerInfo, load: Mapping[str, float]) -> Capacity:
     """What is left on `worker` beside the models that are assigned to it; those asleep need no room."""
     places = plan.of_worker(worker)
-    taken = sum(place.shape.weight_bytes for _, place in places if place.shape and place.state != ASLEEP)
-    room = max(0, info.weight_budget_bytes - taken) if info.weight_budget_bytes else None
-    return Capacity(worker, room, sum(load[model.name] for model, _ in places))
+    awake = [(model, p.shape.weight_bytes) for model, p in places if p.shape and p.state != ASLEEP]
+    load_there = sum(load[model.name] for model, _ in places)
+    if not (budget := info.weight_budget_bytes):
+        return Capacity(worker, None, load_there)
+    room = max(0, budget - sum(size for _, size in awake))
+    for_turns = budget - sum(size for model, size in awake if stays(plan, model))
+    return Capacity(worker, room, load_there, for_turns)

@@ -35,10 +35,10 @@ class WorkerCalls:
         request = worker_pb2.InspectModelRequest(model=model)
         return (await _outcome(self._stub(address).InspectModel(request, timeout=INSPECT_TIMEOUT))).shape
 
-    async def load(self, address: str, model: common_pb2.ModelConfig) -> common_pb2.ModelShape:
+    async def load(self, address: str, model: common_pb2.ModelConfig) -> worker_pb2.LoadModelResponse:
         """Load `model`; returns when it can be used."""
         request = worker_pb2.LoadModelRequest(model=model)
-        return (await _outcome(self._stub(address).LoadModel(request, timeout=self._load_timeout))).shape
+        return await _outcome(self._stub(address).LoadModel(request, timeout=self._load_timeout))
 
     async def unload(self, address: str, model: str) -> None:
         """Unload `model`."""

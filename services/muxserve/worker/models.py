@@ -43,6 +43,7 @@ class LoadedModel:
     tables: SequenceTables
     resources: AsyncExitStack
     """Gives back, in order, what loading took."""
+    load_seconds: float
     open_sequences: int = 0
     prefix_counts: PrefixCounts = field(default_factory=PrefixCounts)
 
@@ -159,6 +160,8 @@ class ModelTable:
 
     async def _load(self, choice: ModelChoice) -> LoadedModel:
         name = choice.name
+        clock = asyncio.get_running_loop().time
+        began = clock()
         shape = await self.inspect(choice)
         async with AsyncExitStack() as undo:
             weights = await self._store.acquire(name, choice.path, shape.weights)
@@ -184,7 +187,7 @@ class ModelTable:
                 await asyncio.gather(*(e.add_model(message, descriptors) for e in self._executors))
             except ExecutorFailed as error:
                 raise Internal(f'model "{name}" was loaded but not accepted: {error}') from error
-            return LoadedModel(choice, shape, tables, undo.pop_all())
+            return LoadedModel(choice, shape, tables, undo.pop_all(), clock() - began)
         raise AssertionError("AsyncExitStack swallows no exception")
 
     def _load_ended(self, name: str, task: asyncio.Task[LoadedModel]) -> None:

@@ -41,8 +41,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def LoadModel(
         self, request: worker_pb2.LoadModelRequest, context: Context
     ) -> worker_pb2.LoadModelResponse:
+        before = self._worker.models.get(request.model.name)
         model = await self._worker.models.load(convert.choice(request.model))
-        return worker_pb2.LoadModelResponse(shape=convert.shape(model.shape))
+        seconds = 0.0 if model is before else model.load_seconds
+        return worker_pb2.LoadModelResponse(shape=convert.shape(model.shape), load_seconds=seconds)
 
     async def UnloadModel(
         self, request: worker_pb2.UnloadModelRequest, context: Context
