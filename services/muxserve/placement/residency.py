@@ -38,7 +38,7 @@ class ModelView:
     """A model, over all of its places."""
 
     requests: int = 0
-    """In flight, wherever they are; those that wait in the queue too."""
+    """That it serves, or where it is not READY, that wait for it."""
     last_used: float = 0.0
     """When the last request came or ended."""
     pinned: bool = False
@@ -97,10 +97,12 @@ class Rules:
     """Seconds of the shortest residency."""
     factor: float = 10.0
     """Residency as a multiple of the time that loading takes."""
+    most: float = 300.0
+    """Seconds of the longest residency."""
 
     def residency(self, place: PlaceView) -> float:
         """Seconds that a model in use stays loaded."""
-        return max(self.least, self.factor * place.load_seconds)
+        return max(self.least, min(self.most, self.factor * place.load_seconds))
 
     def gives_way(self, place: PlaceView, model: ModelView) -> float:
         """From when on a READY place may make room, if its model is used no more than now."""

@@ -25,6 +25,13 @@ class PlacementSettings(ServiceSettings):
     drain_seconds: float = Field(5.0, ge=0, allow_inf_nan=False)
     """Seconds that sequences have to finish on a worker that their model leaves; then they go on at another
     one, which computes them again."""
+    residency: float = Field(4.0, ge=0, allow_inf_nan=False)
+    """Seconds that a model which was loaded stays at least before it is put to sleep for others; half of that
+    where it idles."""
+    residency_factor: float = Field(10.0, ge=0, allow_inf_nan=False)
+    """The same as a multiple of the time that loading it takes: the longer of the two counts."""
+    residency_most: float = Field(300.0, gt=0, allow_inf_nan=False)
+    """Seconds that the multiple comes to at most."""
     rebalance: Literal["auto", "off"] = "auto"
     """Whether models are moved when traffic makes that worthwhile; off: by hand alone."""
     rebalance_interval: float = Field(3.0, gt=0, allow_inf_nan=False)
