@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -68,11 +68,17 @@ class Blocking:
                 return await result if inspect.isawaitable(result) else result
 
             result = self._runner.run(run())
+            if inspect.isasyncgen(result):
+                return iter(self._runner.run(_read(result)))
             return (
                 BlockingStream(result, self._runner) if isinstance(result, AsyncCompletionStream) else result
             )
 
         return call
+
+
+async def _read(items: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in items]
 
 
 @pytest.fixture

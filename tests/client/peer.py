@@ -81,6 +81,8 @@ class Peer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc.AdminServ
         self.refuse: list[grpc.Status] = []
         """Statuses for the next calls that are not generations."""
         self.quota: admin_pb2.SetQuotaRequest | None = None
+        self.asked: object = None
+        """The last request to move or pin something."""
         self.quota_states: list[admin_pb2.QuotaState.ValueType] = []
         """Of revision 4, the next times it is asked for."""
 
@@ -149,6 +151,89 @@ class Peer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc.AdminServ
         self._called("SetQuota", context)
         quotas = admin_pb2.Quotas(unit=request.unit, revision=4, blocks={request.model: request.blocks})
         return admin_pb2.SetQuotaResponse(quotas=quotas)
+
+    def Plan(self, request: admin_pb2.PlanRequest, context: grpc.ServicerContext) -> admin_pb2.PlanResponse:
+        self._called("Plan", context)
+        return PLAN
+
+    def Rebalance(
+        self, request: admin_pb2.RebalanceRequest, context: grpc.ServicerContext
+    ) -> Iterator[admin_pb2.RebalanceResponse]:
+        self.asked = request
+        self._called("Rebalance", context)
+        for event in _migration(request.moves[0].model if request.moves else "a"):
+            yield admin_pb2.RebalanceResponse(event=event)
+
+    def LoadModel(
+        self, request: admin_pb2.AdminServiceLoadModelRequest, context: grpc.ServicerContext
+    ) -> Iterator[admin_pb2.AdminServiceLoadModelResponse]:
+        self.asked = request
+        self._called("LoadModel", context)
+        for event in _migration(request.model):
+            yield admin_pb2.AdminServiceLoadModelResponse(event=event)
+
+    def UnloadModel(
+        self, request: admin_pb2.AdminServiceUnloadModelRequest, context: grpc.ServicerContext
+    ) -> Iterator[admin_pb2.AdminServiceUnloadModelResponse]:
+        self.asked = request
+        self._called("UnloadModel", context)
+        for event in _migration(request.model, admin_pb2.MIGRATION_PHASE_ROLLED_BACK):
+            yield admin_pb2.AdminServiceUnloadModelResponse(event=event)
+
+    def SetPinned(
+        self, request: admin_pb2.SetPinnedRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.SetPinnedResponse:
+        self.asked = request
+        self._called("SetPinned", context)
+        return admin_pb2.SetPinnedResponse(epoch=6)
+
+    def Drain(
+        self, request: admin_pb2.DrainRequest, context: grpc.ServicerContext
+    ) -> Iterator[admin_pb2.DrainResponse]:
+        self.asked = request
+        self._called("Drain", context)
+        for event in () if request.undo else _migration("a"):
+            yield admin_pb2.DrainResponse(event=event, held_blocks=95, models_left=1)
+        yield admin_pb2.DrainResponse()
+
+    def CancelMigration(
+        self, request: admin_pb2.CancelMigrationRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.CancelMigrationResponse:
+        self.asked = request
+        self._called("CancelMigration", context)
+        *_, event = _migration("a", admin_pb2.MIGRATION_PHASE_ROLLING_BACK)
+        return admin_pb2.CancelMigrationResponse(migration=event.migration)
+
+
+def _migration(
+    model: str, end: admin_pb2.MigrationPhase.ValueType = admin_pb2.MIGRATION_PHASE_DONE
+) -> Iterator[admin_pb2.MigrationEvent]:
+    """Its beginning and its end."""
+    for phase in (admin_pb2.MIGRATION_PHASE_LOADING, end):
+        over = phase == end
+        migration = admin_pb2.Migration(
+            id="m1",
+            model=model,
+            source_worker="worker-0",
+            target_worker="worker-1",
+            phase=phase,
+            author="admin",
+            began_unix_ms=1500,
+            ended_unix_ms=2500 if over else 0,
+            error="it was away" if end == admin_pb2.MIGRATION_PHASE_ROLLED_BACK else "",
+        )
+        yield admin_pb2.MigrationEvent(migration=migration, ended=int(over), total=1)
+
+
+PLAN = admin_pb2.PlanResponse(
+    moves=[admin_pb2.Move(model="a", source_worker="worker-0", target_worker="worker-1", reason="it is hot")],
+    served=3.0,
+    gain=1.5,
+    cost=20.0,
+    worthwhile=True,
+    reason="better",
+    traffic=[admin_pb2.ModelTraffic(model="a", rate=2.0, recent_rate=9.0, burst=True, waiting=4)],
+)
 
 
 def _model(name: str) -> inference_pb2.Model:

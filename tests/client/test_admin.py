@@ -10,7 +10,17 @@ from typing import Any
 import grpc
 import pytest
 
-from muxserve.client import Conflict, InvalidRequest, ModelState, NotFound, QuotaState
+from muxserve.client import (
+    Conflict,
+    FailedPrecondition,
+    InvalidRequest,
+    MigrationPhase,
+    ModelState,
+    Move,
+    NotFound,
+    QuotaState,
+)
+from muxserve.v1 import admin_pb2
 from tests.client.peer import Peer, Server, refusal
 
 
@@ -81,3 +91,45 @@ def test_errors_of_the_admin_service_are_typed(admin: Any, peer: Peer) -> None:
     with pytest.raises(InvalidRequest) as caught:
         admin.set_quota("a", -7)
     assert caught.value.field == "blocks"
+
+
+def test_a_plan_says_what_would_be_moved_and_why(admin: Any) -> None:
+    plan = admin.plan()
+    assert plan.moves == (Move("a", "worker-1", "worker-0", "it is hot"),)
+    assert (plan.served, plan.gain, plan.cost, plan.worthwhile) == (3.0, 1.5, 20.0, True)
+    assert (plan.traffic[0].model, plan.traffic[0].burst, plan.traffic[0].waiting) == ("a", True, 4)
+
+
+def test_moves_tell_what_happens(admin: Any, peer: Peer) -> None:
+    first, last = admin.rebalance([Move("a", "worker-1")], drain_seconds=0.5)
+    (move,) = peer.asked.moves  # type: ignore[attr-defined]
+    assert (move.model, move.source_worker, move.target_worker) == ("a", "", "worker-1")
+    assert peer.asked.drain_seconds == 0.5  # type: ignore[attr-defined]
+    assert (first.migration.phase, first.ended, first.total) == (MigrationPhase.LOADING, 0, 1)
+    assert (last.migration.phase, last.migration.began, last.migration.ended) == ("done", 1.5, 2.5)
+    *_, last = admin.load("b", "worker-1")
+    assert (last.migration.model, last.migration.error) == ("b", "")
+    *_, last = admin.unload("b")
+    assert (last.migration.phase, last.migration.error) == (MigrationPhase.ROLLED_BACK, "it was away")
+    assert not peer.asked.HasField("drain_seconds")  # type: ignore[attr-defined]
+    admin.unpin("b")
+    assert peer.asked == admin_pb2.SetPinnedRequest(model="b")
+    assert admin.cancel("m1").phase is MigrationPhase.ROLLING_BACK
+
+
+def test_a_drain_ends_with_an_empty_worker(admin: Any, peer: Peer) -> None:
+    *_, before, last = admin.drain("worker-0")
+    assert before.migration is not None
+    assert (before.held_blocks, before.models_left) == (95, 1)
+    assert (last.migration, last.held_blocks, last.models_left) == (None, 0, 0)
+    admin.undrain("worker-0")
+    assert peer.asked == admin_pb2.DrainRequest(worker="worker-0", undo=True)
+
+
+def test_errors_of_a_stream_are_typed_and_come_when_it_is_read(admin: Any, peer: Peer) -> None:
+    peer.refuse.append(refusal(grpc.StatusCode.FAILED_PRECONDITION, "busy"))
+    with pytest.raises(FailedPrecondition, match="busy"):
+        list(admin.rebalance())
+    with pytest.raises(InvalidRequest) as caught:
+        admin.unload("a", drain_seconds="soon")
+    assert caught.value.field == "drain_seconds"

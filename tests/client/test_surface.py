@@ -13,9 +13,25 @@ from muxserve.client.options import ARGUMENT_FIELDS, SAMPLING_FIELDS
 from muxserve.v1 import admin_pb2, common_pb2, inference_pb2
 from tests.client.peer import Server
 
+ADMIN = {
+    "cancel",
+    "close",
+    "drain",
+    "load",
+    "pin",
+    "placement",
+    "plan",
+    "quotas",
+    "rebalance",
+    "set_quota",
+    "status",
+    "undrain",
+    "unload",
+    "unpin",
+}
 SURFACE = {
-    "AdminClient": {"close", "placement", "quotas", "set_quota", "status"},
-    "AsyncAdminClient": {"close", "placement", "quotas", "set_quota", "status"},
+    "AdminClient": ADMIN,
+    "AsyncAdminClient": ADMIN,
     "AsyncClient": {"chat", "chat_stream", "close", "generate", "model", "models", "stream"},
     "AsyncCompletionStream": {"close", "request_id", "result"},
     "Client": {"chat", "chat_stream", "close", "generate", "model", "models", "stream"},
@@ -26,18 +42,25 @@ VALUES = {
     "Chunk",
     "ClientOptions",
     "Completion",
+    "DrainEvent",
     "Executor",
     "FieldViolation",
     "FinishReason",
     "Logprobs",
     "Message",
+    "Migration",
+    "MigrationEvent",
+    "MigrationPhase",
     "Model",
     "ModelConfig",
     "ModelShape",
     "ModelState",
     "ModelStatus",
+    "ModelTraffic",
+    "Move",
     "PlacedModel",
     "Placement",
+    "Plan",
     "Pool",
     "QuotaRevision",
     "QuotaState",
@@ -107,6 +130,13 @@ def test_every_rpc_can_be_reached(connect: Callable[..., Any], server: Server) -
     admin.placement()
     admin.quotas()
     admin.set_quota("a", 1)
+    admin.plan()
+    list(admin.rebalance([sdk.Move("a", "worker-1")]))
+    list(admin.load("a", "worker-1"))
+    list(admin.unload("a"))
+    admin.pin("a")
+    list(admin.drain("worker-0"))
+    admin.cancel()
     services = [
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
         admin_pb2.DESCRIPTOR.services_by_name["AdminService"],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from muxserve.v1 import admin_pb2, common_pb2, scheduler_pb2, worker_pb2
 
 from .inference import state_of
+from .migrations import migration_of
 from .results import ModelState
 from .status import (
     Executor,
@@ -86,6 +87,11 @@ def placement_of(message: admin_pb2.Placement) -> Placement:
             for unit in message.units
         ),
         unplaced=tuple(map(_placed, message.unplaced)),
+        migration=migration_of(message.migration) if message.HasField("migration") else None,
+        planned=tuple(map(migration_of, message.planned)),
+        ended=tuple(map(migration_of, message.ended)),
+        drained_workers=tuple(message.drained_workers),
+        pinned=dict(message.pinned),
     )
 
 

@@ -82,6 +82,18 @@ class AsyncTransport:
                     raise Cancelled("the client was closed", code=grpc.StatusCode.CANCELLED) from None
                 raise
 
+    def stream(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout: float | None,
+    ) -> AsyncIterator[_Response]:
+        """Answers to one message as they come; never retried. The call is on its way at once, and is
+        cancelled where its answers are no longer read. Iterating raises the errors of `errors`."""
+        attempts = Attempts(self.options, timeout, time.monotonic(), retry=False)
+        call = method(request, timeout=attempts.remaining(time.monotonic()), metadata=self.options.metadata)
+        return _read(call)
+
     async def wait_connected(self, attempts: Attempts, failure: MuxServeError) -> None:
         """Wait until the server can be reached again; `failure` if it cannot."""
         try:
@@ -94,6 +106,20 @@ class AsyncTransport:
         """Close the channel if there is one."""
         if self._channel is not None:
             await self._channel.close()
+
+
+async def _read(call: grpc.aio.UnaryStreamCall[_Request, _Response]) -> AsyncIterator[_Response]:
+    try:
+        async for response in call:
+            yield response
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc(error) from error
+    except asyncio.CancelledError:
+        if not _being_cancelled():  # but the call is, with its channel
+            raise Cancelled("the client was closed", code=grpc.StatusCode.CANCELLED) from None
+        raise
+    finally:
+        call.cancel()
 
 
 class AsyncCompletionStream(AsyncIterator[Chunk]):

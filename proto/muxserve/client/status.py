@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from .migrations import Migration
 from .results import ModelState
 
 
@@ -83,6 +84,16 @@ class Placement:
     units: tuple[Unit, ...]
     unplaced: tuple[PlacedModel, ...]
     """Models that could not be placed."""
+    migration: Migration | None = None
+    """Under way."""
+    planned: tuple[Migration, ...] = ()
+    """To follow it."""
+    ended: tuple[Migration, ...] = ()
+    """The latest that have ended, newest first."""
+    drained_workers: tuple[str, ...] = ()
+    """Workers that are to have no models."""
+    pinned: Mapping[str, bool] = field(default_factory=dict)
+    """What was said with `pin` and `unpin`, by model name. Others are pinned as their configuration says."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,18 @@ class Transport:
                 time.sleep(delay)
                 self.wait_connected(attempts, failure)
 
+    def stream(
+        self,
+        method: grpc.UnaryStreamMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout: float | None,
+    ) -> Iterator[_Response]:
+        """Answers to one message as they come; never retried. The call is on its way at once, and is
+        cancelled where its answers are no longer read. Iterating raises the errors of `errors`."""
+        attempts = Attempts(self.options, timeout, time.monotonic(), retry=False)
+        call = method(request, timeout=attempts.remaining(time.monotonic()), metadata=self.options.metadata)
+        return _read(call)
+
     def wait_connected(self, attempts: Attempts, failure: MuxServeError) -> None:
         """Wait until the server can be reached again; `failure` if it cannot.
 
@@ -76,6 +88,15 @@ class Transport:
         except grpc.RpcError as error:
             if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise failure from failure.__cause__
+
+
+def _read(call: grpc._CallIterator[_Response]) -> Iterator[_Response]:
+    try:
+        yield from call
+    except grpc.RpcError as error:
+        raise from_rpc(error) from error
+    finally:
+        call.cancel()
 
 
 class CompletionStream(Iterator[Chunk]):

@@ -16,6 +16,8 @@ from muxserve.common.settings import load_settings
 from muxserve.common.store import connect
 from muxserve.placement.advisor_loop import Rebalancer, starter
 from muxserve.placement.advisor_watch import Watch
+from muxserve.placement.drains import Drains
+from muxserve.placement.migrations import Migrations
 from muxserve.placement.reconcile import Reconciler
 from muxserve.placement.service import AdminServicer
 from muxserve.placement.settings import PlacementSettings
@@ -33,10 +35,15 @@ async def serve(settings: PlacementSettings, stop: asyncio.Event) -> None:
     redis = connect(settings.redis_url)
     registry, calls = Registry(redis), WorkerCalls(settings.load_timeout)
     reconciler = Reconciler(settings, registry, PlacementStore(redis), calls)
-    servicer = AdminServicer(lambda: reconciler.placement, registry, QuotaStore(redis), calls)
+    migrations = Migrations(reconciler, calls, settings.drain_seconds)
+    drains = Drains(migrations, reconciler, calls)
     expected = {model.name: model.rate for model in settings.models if model.rate}
     watch = Watch(redis, registry, calls, Traffic(expected))
     rebalancer = Rebalancer(settings, lambda: reconciler.placement, watch, starter(reconciler, settings))
+    quotas = QuotaStore(redis)
+    servicer = AdminServicer(
+        lambda: reconciler.placement, registry, quotas, calls, migrations, drains, rebalancer.plan
+    )
     server = RpcServer(settings.bind)
     name = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
     server.add(admin_pb2_grpc.add_AdminServiceServicer_to_server, servicer, name)
@@ -54,6 +61,7 @@ async def serve(settings: PlacementSettings, stop: asyncio.Event) -> None:
         with suppress(asyncio.CancelledError):
             await asyncio.gather(loop, balancing)
         await server.stop(GRACE)
+    await drains.close()
     await servicer.close()
     await watch.close()
     await calls.close()

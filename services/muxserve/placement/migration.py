@@ -114,7 +114,7 @@ def obstacle(plan: Plan, migration: admin_pb2.Migration, present: Collection[str
     if target in plan.drained:
         return f"{target} is drained"
     there = model.places.get(target)
-    if there is not None and (source or there.state not in (ASLEEP, FAILED)):
+    if there is not None and there.state not in (ASLEEP, FAILED):
         return f'model "{model.name}" is on {target} already'
     return ""
 
@@ -137,11 +137,11 @@ def _begin(plan: Plan, migration: admin_pb2.Migration, seen: Seen) -> None:
         shape = next((place.shape for place in model.places.values()), None)
         target = model.add(Place(migration.target_worker, shape=shape))
     if source is not None and source.state == ASLEEP:
+        migration.asleep = True
+    if migration.asleep:
         target.sleep()
-        source.drain()
-        migration.phase = UNLOADING
-        return
-    target.loading()
+    else:
+        target.loading()
     migration.phase = LOADING
 
 
@@ -152,10 +152,15 @@ def _load(
         roll_back(plan, f"{migration.target_worker} is away")
     elif target.state == FAILED:
         roll_back(plan, target.reason)
-    elif target.state == READY and source is None:
-        _end(plan, migration, DONE, seen.now)
-    elif target.state == READY and source is not None:
-        _drain(migration, source, seen.now)
+    elif _arrived(migration, target):
+        if source is None:
+            _end(plan, migration, DONE, seen.now)
+        else:
+            _drain(migration, source, seen.now)
+
+
+def _arrived(migration: admin_pb2.Migration, target: Place) -> bool:
+    return target.state == READY or migration.asleep
 
 
 def _drain(migration: admin_pb2.Migration, source: Place, now: int) -> None:
@@ -169,7 +174,7 @@ def _hand_over(
 ) -> None:
     if source is None or not source.occupied:
         migration.phase = UNLOADING
-    elif migration.target_worker and (target is None or target.state != READY):
+    elif migration.target_worker and (target is None or not _arrived(migration, target)):
         roll_back(plan, f"{migration.target_worker} lost the model")
     elif seen.open_sequences == 0:
         migration.phase = UNLOADING

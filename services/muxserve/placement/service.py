@@ -14,8 +14,11 @@ from muxserve.common.documents import QuotaStore
 from muxserve.common.errors import Aborted, InvalidArgument, NotFound, ServiceError, Unavailable
 from muxserve.common.registry import Registry
 from muxserve.common.rpc import channel
+from muxserve.placement.drains import Drains
+from muxserve.placement.migration_service import MigrationServicer, Planner
+from muxserve.placement.migrations import Migrations
 from muxserve.placement.workers import WorkerCalls
-from muxserve.v1 import admin_pb2, admin_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
+from muxserve.v1 import admin_pb2, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +32,7 @@ T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+class AdminServicer(MigrationServicer):
     """AdminService over the placement in force, the registry and the quotas."""
 
     def __init__(
@@ -38,11 +41,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         registry: Registry,
         quotas: QuotaStore,
         calls: WorkerCalls,
+        migrations: Migrations,
+        drains: Drains,
+        planner: Planner,
     ) -> None:
+        super().__init__(migrations, drains, planner, calls)
         self._placement = placement
         self._registry = registry
         self._quotas = quotas
-        self._calls = calls
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def GetStatus(
