@@ -50,6 +50,9 @@ FAILED = inference_pb2.MODEL_STATE_FAILED
 LEAVING = (inference_pb2.MODEL_STATE_DRAINING, inference_pb2.MODEL_STATE_ASLEEP)
 AHEAD = 4
 """Requests that wait here at most, as a multiple of their model's slots."""
+SHARED = 12
+"""Requests of a model that wait here at most while other units serve it too: what waits in the queue goes to
+whoever can take it first, which is what divides load among units."""
 
 
 class Unit:
@@ -135,7 +138,8 @@ class Unit:
         if not self.serves(model):
             return 0
         waiting = sum(r.sequence is None for r in self._requests.values() if r.model == model)
-        return max(0, AHEAD * self.seats.shapes[model].slots - waiting)
+        most = AHEAD * self.seats.shapes[model].slots
+        return max(0, (min(SHARED, most) if model in self._elsewhere else most) - waiting)
 
     def known(self, model: str) -> set[str]:
         """Entries of `model` that are in good hands."""
