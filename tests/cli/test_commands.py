@@ -208,3 +208,38 @@ def test_a_reader_that_has_enough_ends_generate_quietly(server: Server) -> None:
     command = f"{MUXSERVE} generate -m a --address {server.address} hi | head -c 10"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
     assert (done.stdout, done.stderr) == ("word word ", "")
+
+
+def test_plan_shows_moves_and_traffic(run: Run) -> None:
+    done = run("plan")
+    assert done.returncode == 0
+    assert "it is hot" in done.stdout and "worthwhile: better" in done.stdout
+    assert json.loads(run("plan", "--json").stdout)["moves"][0]["target"] == "worker-1"
+
+
+def test_rebalance_shows_what_happens(run: Run, peer: Peer) -> None:
+    done = run("rebalance", "--move", "a=worker-1", "--move", "b@worker-1=worker-0", "--drain-seconds", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert "a from worker-0 to worker-1  loading" in done.stdout and "[1/1]" in done.stdout
+    moves = [(m.model, m.source_worker, m.target_worker) for m in peer.asked.moves]  # type: ignore[attr-defined]
+    assert moves == [("a", "", "worker-1"), ("b", "worker-1", "worker-0")]
+    bad = run("rebalance", "--move", "worker-1")
+    assert (bad.returncode, bad.stderr.startswith("error: --move: expected MODEL=WORKER")) == (2, True)
+
+
+def test_what_was_rolled_back_is_a_failure_of_the_command(run: Run) -> None:
+    done = run("unload", "a", "worker-0")
+    assert (done.returncode, "rolled back: it was away" in done.stdout) == (1, True)
+
+
+def test_the_other_operations_reach_the_service(run: Run, peer: Peer) -> None:
+    assert run("load", "a", "worker-1").returncode == 0
+    assert run("pin", "a").stdout == "a is pinned\n"
+    assert run("unpin", "a").stdout == "a is not pinned\n"
+    assert run("cancel").stdout == "rolling back a from worker-0 to worker-1\n"
+    done = run("drain", "worker-0")
+    assert (done.returncode, done.stdout.endswith("worker-0 has 0 models, 0 blocks held\n")) == (0, True)
+    assert run("drain", "worker-0", "--undo").stdout == "worker-0 may have models again\n"
+    peer.refuse.append(refusal(grpc.StatusCode.NOT_FOUND, 'no worker named "w"'))
+    done = run("drain", "w")
+    assert (done.returncode, 'no worker named "w"' in done.stderr) == (1, True)

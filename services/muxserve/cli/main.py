@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from muxserve.cli import planning
+from muxserve.cli import operations, planning
 from muxserve.cli.bench import bench
+from muxserve.cli.defaults import DEFAULT_ADDRESS, DEFAULT_ADMIN, Admin, Json
 
 app = typer.Typer(
     name="muxserve",
@@ -22,13 +23,12 @@ quota_app = typer.Typer(help="Show and set block quotas.", no_args_is_help=True)
 app.add_typer(quota_app, name="quota")
 app.command()(bench)
 planning.register(app)
+operations.register(app)
 
 BAD_USAGE = 2
 
 Address = Annotated[str, typer.Option(envvar="MUXSERVE_ADDRESS", help="host:port of the gateway.")]
-Admin = Annotated[str, typer.Option(envvar="MUXSERVE_ADMIN", help="host:port of the placement service.")]
 ModelName = Annotated[str, typer.Option("--model", "-m", help="Name of a served model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate. Default: what fits.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: 1.")]
 TopP = Annotated[float | None, typer.Option(help="Nucleus, in (0, 1]. Default: 1.")]
@@ -37,9 +37,6 @@ MinP = Annotated[float | None, typer.Option(help="Least probability, relative to
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text. Default: drawn.")]
 Stop = Annotated[list[str] | None, typer.Option(help="String that ends the generation; repeatable.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds that the call may take. Default: 600.")]
-
-DEFAULT_ADDRESS = "127.0.0.1:8600"
-DEFAULT_ADMIN = "127.0.0.1:8601"
 
 
 @app.command()
