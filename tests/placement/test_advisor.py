@@ -113,13 +113,13 @@ def test_traffic_that_is_served_well_moves_nothing() -> None:
 
 
 def test_noise_around_steady_rates_moves_nothing_back_and_forth() -> None:
-    """Once what is advised is done, rates that vary by a fifth change nothing."""
+    """Once what is advised is done, rates that vary as estimates over three minutes do change nothing."""
     rates = {"hot": 1.1, "m": 0.2, "n": 0.1, "o": 0.05}
     models = [model(name, rate, "ab"[i % 2]) for i, (name, rate) in enumerate(rates.items())]
     _, places = result(TWO, models)
     source, moved = random.Random(5), 0
     for _ in range(20):
-        noisy = [model(n, rate * source.uniform(0.8, 1.2), *places[n]) for n, rate in rates.items()]
+        noisy = [model(n, source.gauss(r, (r / CORE / 180) ** 0.5), *places[n]) for n, r in rates.items()]
         advice = advise(TWO, noisy)
         moved += advice.worthwhile
         places = after(noisy, advice.moves if advice.worthwhile else (), TWO)

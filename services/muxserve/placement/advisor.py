@@ -16,6 +16,8 @@ from muxserve.placement.solver.fixed import Loaded
 
 LOADING_TAKES = 0.3
 """Part of what a worker serves that is lost while it loads a model."""
+UNLOADING_TAKES = 0.5
+"""Requests that unloading a model costs."""
 EVALUATIONS = 1500
 """Most states that are looked at."""
 
@@ -48,7 +50,7 @@ class Options:
     """Seconds for which traffic is expected to stay as it is."""
     margin: float = 1.5
     """The gain has to be so many times the cost."""
-    least: float = 0.05
+    least: float = 0.08
     """Part of the perfect score that has to be gained."""
 
 
@@ -130,6 +132,7 @@ class _Advisor:
         which is loaded nowhere on the way."""
         total = sum(self._models[i].flow.rate * self._situation.load_seconds(i) for i in way.slept)
         for before, after in zip(self._now, state, strict=True):
+            total += UNLOADING_TAKES * len(before - after)
             if after - before:
                 rate = sum(self._models[i].flow.rate for i in before)
                 total += LOADING_TAKES * sum(map(self._situation.load_seconds, after - before)) * (rate + 0.1)
@@ -147,7 +150,8 @@ class _Advisor:
         """`i` is not loaded on `k` any more, or is somewhere else."""
         if not self._situation.may_go(i, k):
             return
-        if self._situation.can_spare(state, i):
+        # The last place is given up only where another model needs the room.
+        if self._situation.can_spare(state, i) and sum(i in models for models in state) > 1:
             yield changed(state, {k: state[k] - {i}})
         for other, models in enumerate(state):
             if i not in models and self._situation.may_come(i, other):

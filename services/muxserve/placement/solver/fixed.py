@@ -21,6 +21,8 @@ ASLEEP = 0.25
 """What a request is worth whose model has to be loaded first."""
 PARTS = 16
 """In which the requests of a model are divided among its replicas."""
+QUIET = 1e-3
+"""Requests per second below which a model takes nothing from its neighbours."""
 USUAL_BATCH = 8
 """Sequences that decode together where it is not known how many do."""
 
@@ -127,10 +129,12 @@ class FixedObjective:
         """Worth of a request of each (model, parts of its requests) on a machine with just these."""
         key = (machine, members)
         if (known := self._worths.get(key)) is None:
-            loads = [Load(self.models[i], self.models[i].rate * parts / PARTS) for i, parts in members]
+            rates = [(self.models[i], self.models[i].rate * parts / PARTS) for i, parts in members]
+            # Those that nobody asks for are in nobody's way.
+            loads = [Load(model, rate) for model, rate in rates if rate > QUIET]
             where = self.machines[machine]
             forecast = where.estimator.forecast_within(loads, 1, where.kv_bytes)
-            pace = forecast.turn * (UNEVEN if len(members) > 1 else 1.0)
+            pace = forecast.turn * (UNEVEN if len(loads) > 1 else 1.0)
             known = self._worths[key] = [
                 value(forecast.headroom, self.models[i].output_tokens * pace / self._alone[i])
                 for i, _ in members
