@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from uuid import uuid4
 
 import structlog
@@ -123,4 +124,31 @@ class Rebalancer:
         """In a thread: it may take some tenths of a second."""
         workers, models = self._watch.workers(placement), self._watch.models(placement, rest)
         options = Options(horizon=self._settings.rebalance_horizon)
-        return await asyncio.to_thread(advise, workers, models, options), models
+        advice = await asyncio.to_thread(advise, workers, models, options)
+        moves = between_workers(advice.moves, models)
+        return replace(advice, moves=moves, worthwhile=advice.worthwhile and bool(moves)), models
+
+
+def between_workers(moves: Sequence[Move], models: Sequence[Served]) -> tuple[Move, ...]:
+    """`moves` without those that only wake a model that sleeps everywhere. Who is loaded on a worker, of
+    those that have a place there, is for `Residency`, by turns; so nothing is left of moves that would have
+    put a model to sleep for another there."""
+    loaded = {model.name: set(model.loaded) for model in models}
+    places = {model.name: set(model.loaded | model.asleep) for model in models}
+    kept, slept = [], set()
+    for move in moves:
+        awake, there = loaded[move.model], places[move.model]
+        if not awake and not move.source and move.target in there:
+            continue
+        kept.append(move)
+        if awake == {move.source} and not move.target:
+            slept.add(move.model)  # its last place stays, asleep
+            awake.clear()
+            continue
+        slept.discard(move.model)
+        if not move.source or move.source in awake:
+            awake.add(move.target)
+        there.add(move.target)
+        awake.discard(move.source)
+        there.discard(move.source)
+    return () if slept else tuple(kept)

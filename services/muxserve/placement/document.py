@@ -15,6 +15,8 @@ FAILED = inference_pb2.MODEL_STATE_FAILED
 ASLEEP = inference_pb2.MODEL_STATE_ASLEEP
 DRAINING = inference_pb2.MODEL_STATE_DRAINING
 
+WAKING = "waking"
+"""Why a place is LOADING that was asleep."""
 NOWHERE = "waiting for a worker"
 """Why a model without a place is not served, until one was looked for."""
 
@@ -44,7 +46,8 @@ class Place:
     loads: int = 0
     """How often it was loaded."""
     occupied: bool = True
-    """Whether the worker may have its weights. Not in the document: who takes that over finds out."""
+    """Whether the worker may have its weights, or is to get them. Not in the document: who takes that over
+    finds out."""
 
     @property
     def loaded(self) -> bool:
@@ -54,6 +57,15 @@ class Place:
     def loading(self, reason: str = "loading") -> None:
         """It is not served now and will be."""
         self._become(LOADING, reason)
+
+    def wake(self) -> None:
+        """It was ASLEEP and is loaded again: requests wait for it."""
+        self._become(LOADING, WAKING)
+
+    @property
+    def woken(self) -> bool:
+        """Whether it loads because it was asleep."""
+        return (self.state, self.reason) == (LOADING, WAKING)
 
     def ready(self, shape: common_pb2.ModelShape | None = None) -> None:
         """Jobs can use it."""
@@ -138,6 +150,29 @@ class Plan:
     def of_worker(self, worker: str) -> list[tuple[PlannedModel, Place]]:
         """The places on `worker`, with their models."""
         return [(model, place) for model, place in self.places() if place.worker == worker]
+
+    def lose(self, worker: str) -> None:
+        """The worker is away: what it serves waits for it."""
+        for _, place in self.of_worker(worker):
+            if place.loaded:
+                place.loading(f"{worker} is away")
+            place.occupied = False
+        if not self.of_worker(worker):
+            self.workers.pop(worker, None)
+
+    def meet(self, worker: admin_pb2.ServiceEntry) -> bool:
+        """The worker is there. Whether it is the process that was there before; a new one has no weights."""
+        before = self.workers.get(worker.id)
+        self.workers[worker.id] = worker
+        same = before is not None and before.incarnation == worker.incarnation
+        for _, place in self.of_worker(worker.id):
+            if not same:
+                place.occupied = False
+                if place.loaded:
+                    place.loading()
+            elif place.loaded:
+                place.occupied = True
+        return same
 
     def pinned(self, name: str) -> bool:
         """Whether the model is never put to sleep, and moved only by hand."""

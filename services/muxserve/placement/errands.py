@@ -131,10 +131,8 @@ class Errands:
                 place.loading(f"{worker.id}: {error}")
             await asyncio.sleep(BACKOFF)
         except Overloaded as error:
-            # One that was woken can be again, when there is room.
-            woken = place.expected_wait > 0
-            if place.state == LOADING and woken:
-                place.sleep()
+            if place.woken:
+                place.sleep()  # it can be woken again, when there is room
             elif place.state == LOADING:
                 place.fail(refusal(error))
             log.error("no room for a model", model=name, worker=worker.id, error=str(error))

@@ -72,7 +72,7 @@ class Keeper:
             place = model.places[decided.worker]
             if isinstance(decided, Wake):
                 log.info("waking", model=model.name, worker=place.worker)
-                place.loading("waking")
+                place.wake()
             else:
                 requests = view.models[model.name].requests
                 log.info("putting to sleep", model=model.name, worker=place.worker, requests=requests)
@@ -125,8 +125,8 @@ class Keeper:
                 place.expected_wait = math.inf if math.isinf(room) else wait
                 place.room_at = _coarsely(place.room_at, room, view.now)
                 continue
-            woken = place.state == LOADING and place.worker in workers
-            place.expected_wait = place.expected_wait if woken else 0.0
+            if not (place.woken and place.worker in workers):
+                place.expected_wait = 0.0
             place.room_at = 0
 
     def _replicate(self, plan: Plan, budgets: Mapping[str, float]) -> None:

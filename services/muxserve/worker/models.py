@@ -43,7 +43,8 @@ class LoadedModel:
     tables: SequenceTables
     resources: AsyncExitStack
     """Gives back, in order, what loading took."""
-    load_seconds: float
+    load_seconds: float = 0.0
+    """That loading took."""
     open_sequences: int = 0
     prefix_counts: PrefixCounts = field(default_factory=PrefixCounts)
 
