@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from muxserve.common.errors import AlreadyExists, InvalidArgument, Overloaded
+from muxserve.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Overloaded
 from muxserve.common.registry import Registry, entry_of_this_process
 from muxserve.common.rpc import RpcServer
 from muxserve.v1 import common_pb2, worker_pb2, worker_pb2_grpc
@@ -33,6 +33,12 @@ class PeerWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.budget = budget_mib * MIB
         self.loaded: dict[str, common_pb2.ModelConfig] = {}
         self.loads: list[str] = []
+        self.stuck = False
+        """Whether nothing is unloaded."""
+        self.refuse = False
+        """Whether loading fails for good."""
+        self.open: dict[str, int] = {}
+        """Sequences that are open, by model."""
         self.release = asyncio.Event()
         """Cleared: loading does not end."""
         self.release.set()
@@ -51,7 +57,10 @@ class PeerWorker(worker_pb2_grpc.WorkerServiceServicer):
             worker_id=self.worker_id,
             weight_budget_bytes=self.budget,
             pool=worker_pb2.PoolState(block_bytes=16384, total_blocks=1000, free_blocks=1000),
-            models=[worker_pb2.LoadedModel(model=name) for name in self.loaded],
+            models=[
+                worker_pb2.LoadedModel(model=name, open_sequences=self.open.get(name, 0))
+                for name in self.loaded
+            ],
         )
         return worker_pb2.GetInfoResponse(info=info)
 
@@ -68,7 +77,7 @@ class PeerWorker(worker_pb2_grpc.WorkerServiceServicer):
         await self.release.wait()
         if self.loaded.get(model.name, model) != model:
             raise AlreadyExists(f'"{model.name}" is another checkpoint')
-        if model.rate == 13:
+        if self.refuse or model.rate == 13:
             raise Overloaded("13 brings bad luck", None)
         self.loaded[model.name] = model
         return worker_pb2.LoadModelResponse(shape=self.shape(model), load_seconds=0.05)
@@ -76,6 +85,8 @@ class PeerWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def UnloadModel(
         self, request: worker_pb2.UnloadModelRequest, context: Context
     ) -> worker_pb2.UnloadModelResponse:
+        if self.stuck or self.open.get(request.model):
+            raise FailedPrecondition(f"{request.model} has open sequences")
         self.loaded.pop(request.model, None)
         return worker_pb2.UnloadModelResponse()
 

@@ -83,8 +83,9 @@ def roll_back(plan: Plan, error: str) -> None:
     source = model.places.get(migration.source_worker)
     target = model.places.get(migration.target_worker)
     if source is not None and source.state == DRAINING:
-        source.ready()
-        if not source.occupied:  # its process is a new one, or away
+        if source.occupied:
+            source.ready()
+        else:  # its process is a new one, or away
             source.loading()
     if target is not None:
         target.drain()

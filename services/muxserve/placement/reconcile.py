@@ -18,7 +18,7 @@ import structlog
 from muxserve.common.documents import PlacementStore
 from muxserve.common.errors import ServiceError, Unavailable
 from muxserve.common.registry import Registry
-from muxserve.placement.document import ASLEEP, DRAINING, FAILED, Place, Plan, from_document, to_document
+from muxserve.placement.document import Place, Plan, from_document, to_document
 from muxserve.placement.errands import BACKOFF, Errands
 from muxserve.placement.fit import Refusal
 from muxserve.placement.migration import Seen, advance
@@ -157,39 +157,27 @@ class Reconciler:
         return self.plan
 
     def _lose(self, plan: Plan, worker: str) -> None:
-        """The worker is not in the registry: what it serves waits for it."""
+        """The worker is not in the registry."""
         if worker not in self._away:
             log.warning("worker is away", id=worker)
             self._away.add(worker)
-        places = plan.of_worker(worker)
-        for model, place in places:
+        for model, _ in plan.of_worker(worker):
             self._errands.stop(model.name, worker)
-            if place.state not in (ASLEEP, DRAINING, FAILED):
-                place.loading(f"{worker} is away")
-            place.occupied = False
-        if not places:
-            del plan.workers[worker]
+        plan.lose(worker)
 
     def _meet(self, plan: Plan, worker: Entry) -> None:
-        """A worker is in the registry. If its process is a new one, it has nothing loaded."""
+        """A worker is in the registry."""
         before = plan.workers.get(worker.id)
-        plan.workers[worker.id] = worker
-        if before is not None and before.incarnation == worker.incarnation:
-            if before.pid != worker.pid or worker.id in self._away:
-                # Known from the document alone (this placement process is the newer one), or it was away.
-                log.info("worker", id=worker.id, address=worker.address, known=True)
-                self._return(plan, worker)
+        same = plan.meet(worker)
+        if same and before is not None and before.pid == worker.pid and worker.id not in self._away:
             return
-        log.info("worker", id=worker.id, address=worker.address, known=False)
-        for model, place in plan.of_worker(worker.id):
-            self._errands.stop(model.name, worker.id)
-            if place.loaded:
-                place.loading()
-            place.occupied = False
-        self._return(plan, worker)
-
-    def _return(self, plan: Plan, worker: Entry) -> None:
+        # A new process, or one that was away, or is known from the document alone: this placement process is
+        # the newer one then.
+        log.info("worker", id=worker.id, address=worker.address, known=same)
         self._away.discard(worker.id)
+        if not same:
+            for model, _ in plan.of_worker(worker.id):
+                self._errands.stop(model.name, worker.id)
         self._errands.tidy(plan, worker)
 
     def _start_survey(self, plan: Plan, workers: Mapping[str, Entry]) -> None:
