@@ -32,7 +32,7 @@ RESERVE = 6.0
 """Seconds of the time limit that are kept for starting processes and writing the answer."""
 
 
-def read_inputs(workload_path: Path, cost_path: Path) -> tuple[Workload, CostModel]:
+def read_inputs(workload_path: Path, cost_path: Path) -> tuple[Workload, Costs]:
     """Workload and costs, predicted for models that the table lacks. Exit: one of them cannot be read."""
     try:
         workload = read_workload(workload_path)

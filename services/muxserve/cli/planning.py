@@ -67,9 +67,12 @@ def profile(
     address: Annotated[
         str, typer.Option(envvar="MUXSERVE_ADDRESS", help="host:port of the gateway.")
     ] = "127.0.0.1:8600",
+    admin: Annotated[
+        str, typer.Option(envvar="MUXSERVE_ADMIN", help="host:port of the placement service.")
+    ] = "127.0.0.1:8601",
 ) -> None:
     """Measure the job times of a running deployment that has nothing else to do, for place and simulate."""
     from muxserve.cli import profile as command
 
     batches, lengths = batch or [1, 2, 4, 8, 16, 32], length or [32, 128, 512]
-    raise typer.Exit(command.run(address, model or [], batches, lengths, repeat, output))
+    raise typer.Exit(command.run(address, model or [], batches, lengths, repeat, output, admin))

@@ -54,7 +54,7 @@ def run(
             costs,
             arrivals,
             duration,
-            SimOptions(policy=policy),
+            SimOptions(policy=policy).of_service(costs.service),
             lambda done: bar.update(task, completed=done),
         )
     result = report(outcome, placement, workload, costs)

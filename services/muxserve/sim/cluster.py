@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from muxserve.placement.solver.cost import CostModel
+from muxserve.placement.solver.cost import CostModel, Service
 from muxserve.placement.solver.placement import Placement, kv_room, least_memory
 from muxserve.placement.solver.workload import Workload
 from muxserve.scheduler import policy as policies
@@ -16,6 +16,8 @@ from muxserve.sim.arrivals import Arrival
 from muxserve.sim.requests import Request
 from muxserve.sim.unit import Unit
 
+AHEAD = 4
+"""Requests that wait in a unit of the service at most, as a multiple of their model's slots."""
 PROGRESS_EVERY = 2000
 """Events between two reports of progress."""
 
@@ -31,10 +33,21 @@ class SimOptions:
     """Most sequences of a model that a unit runs at once."""
     ahead: int = 32
     """Most requests of a model that wait in a unit; more stay in the model's queue."""
+    request_seconds: float = 0.0
+    """On a request's way, beside its jobs."""
+    compute_units: int = 0
+    """What shares are made of; 0: any share can be had."""
     patience: float = 120.0
     """Seconds after the last arrival when the simulation ends, whatever is left."""
     checked: bool = False
     """Whether every unit's books are checked after every decision; slow."""
+
+    def of_service(self, service: Service) -> SimOptions:
+        """The same for a deployment that was measured."""
+        changed = replace(self, request_seconds=service.request_seconds, compute_units=service.compute_units)
+        if not service.slots:
+            return changed
+        return replace(changed, slots=service.slots, ahead=AHEAD * service.slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +106,7 @@ class _Cluster:
         requests = [Request(i, a.model, a.time, a.prompt, a.output) for i, a in enumerate(arrivals, 1)]
         end = (arrivals[-1].time if arrivals else 0.0) + self._options.patience
         at, count, now = 0, 0, 0.0
-        events = self._events
+        events, late = self._events, self._options.request_seconds
         while True:
             count += 1
             if count % PROGRESS_EVERY == 0:
@@ -101,12 +114,12 @@ class _Cluster:
             while events and events[0][2] != self._versions[events[0][1]]:
                 heapq.heappop(events)
             due = events[0][0] if events else float("inf")
-            coming = requests[at].arrival if at < len(requests) else float("inf")
+            coming = requests[at].arrival + late if at < len(requests) else float("inf")
             now = min(due, coming)
             if now > end or now == float("inf"):
                 break
             if coming <= due:
-                self._arrive(requests[at])
+                self._arrive(requests[at], now)
                 at += 1
             else:
                 self._step(events[0][1], now)
@@ -120,11 +133,11 @@ class _Cluster:
             sum(unit.decisions for unit in self.units),
         )
 
-    def _arrive(self, request: Request) -> None:
+    def _arrive(self, request: Request, now: float) -> None:
         self._queues[request.model].append(request)
         for number in self._pull(request.model):
             unit = self.units[number]
-            idle = unit.advance(request.arrival) or not unit.prefilling
+            idle = unit.advance(now) or not unit.prefilling
             # While a prefill runs no other one is begun: what came in waits for that in any case.
             self._turn(number, decide=idle)
 
@@ -181,4 +194,5 @@ class _Cluster:
             self._options.slots,
             self._options.ahead,
             lambda request: None,
+            self._options.compute_units,
         )

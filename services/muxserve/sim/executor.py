@@ -2,7 +2,8 @@
 
 Each kind has a lane: jobs run in the order in which they were sent. A job alone has all of the mesh; beside
 one of the other kind it has its share, and both feel what `contention` says. A decode job is one event, not
-one per step: its progress is counted in steps, and its speed changes when a neighbour comes or goes.
+one per step: its progress is counted in steps, and its speed changes when a neighbour comes or goes. Where a
+share is made of whole units, such as cores, two jobs have them in proportion and at least one each.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Work:
     alone: float = 0.0
     """Seconds of a step with the whole mesh. 0: not looked up yet."""
     shared: float = 0.0
-    """Seconds of a step with its share."""
+    """Seconds of a step with the share `had`."""
+    had: float = 0.0
+    """The share that it has beside its neighbour."""
 
 
 @dataclass(slots=True)
@@ -55,6 +58,8 @@ class Executor:
 
     costs: CostModel
     degree: int
+    units: int = 0
+    """What shares are made of; 0: any share can be had."""
     lanes: dict[JobKind, deque[Work]] = field(default_factory=lambda: {"prefill": deque(), "decode": deque()})
     now: float = 0.0
     busy: float = 0.0
@@ -120,19 +125,29 @@ class Executor:
         return self._speed
 
     def _together(self, one: Work, other: Work) -> dict[JobKind, float]:
-        slower = slowdown(self._felt(one), self._felt(other))
+        first, second = self._divide(one.share, other.share)
+        slower = slowdown(self._felt(one, first), self._felt(other, second))
         return {work.kind: 1 / (work.shared * slower) for work in (one, other)}
+
+    def _divide(self, one: float, other: float) -> tuple[float, float]:
+        """The shares that two jobs have."""
+        if not self.units:
+            return one, other
+        if self.units == 1:
+            return 0.5, 0.5
+        mine = max(1, min(self.units - 1, round(self.units * one / (one + other))))
+        return mine / self.units, (self.units - mine) / self.units
 
     def _alone(self, work: Work) -> float:
         if not work.alone:
             work.alone = self._seconds(work, 1.0)
         return work.alone
 
-    def _felt(self, work: Work) -> Beside:
-        if not work.shared:
-            work.shared = self._seconds(work, work.share)
+    def _felt(self, work: Work, share: float) -> Beside:
+        if work.had != share:
+            work.shared, work.had = self._seconds(work, share), share
         tokens = work.batch * work.length
-        return Beside(work.share, bandwidth_use(work.shape, self.degree, tokens, work.shared))
+        return Beside(share, bandwidth_use(work.shape, self.degree, tokens, work.shared))
 
     def _seconds(self, work: Work, share: float) -> float:
         look_up = self.costs.prefill if work.kind == "prefill" else self.costs.decode

@@ -86,11 +86,12 @@ class Unit:
         slots: int,
         ahead: int,
         finished: Callable[[Request], None],
+        compute_units: int = 0,
     ) -> None:
         """`models` with the rates that are expected here. `ahead`: most requests of a model that wait here
         and not in its queue. `finished` is told of requests that are over."""
         self.policy = policy
-        self.executor = Executor(costs, degree)
+        self.executor = Executor(costs, degree, compute_units)
         self.total = kv_bytes // BLOCK_BYTES
         self.available = self.total
         self.models = {model.name: _books(model, rate, slots) for model, rate in sorted(models, key=_name)}

@@ -3,6 +3,8 @@
 Table (JSON): model → tensor parallel → SM % → batch → length → `{"prefill": ms, "decoding": ms}`, -1 where
 nothing was measured. `length` is the prompt's for prefill, and the tokens known so far for decode.
 
+Beside models the table may have `"$service"`, what else was measured of a deployment: see `Service`.
+
 Between measured points times are interpolated linearly in each of batch, length and share. A gap is filled
 from its neighbours, and so is a cell whose time is far above that of a larger batch or length: more work
 never takes less time, so it was disturbed when it was measured. Past the largest batch or length times go on
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +29,25 @@ KINDS = {"prefill": "prefill", "decode": "decoding"}
 """Kind of job to the table's name for it."""
 
 
+SERVICE = "$service"
+"""Key of `Service` in a table: no model can have that name."""
+
+
 class CostError(ValueError):
     """A cost table that cannot be read; the message says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a deployment adds to the times of its jobs."""
+
+    request_seconds: float = 0.0
+    """On a request's way beside its jobs: to the device, and of its first token back."""
+    compute_units: int = 0
+    """What shares are made of, such as cores: two jobs side by side have at least one each. 0: any share can
+    be had."""
+    slots: int = 0
+    """Sequences of a model that a unit runs at once. 0: not known."""
 
 
 class CostModel(Protocol):
@@ -96,9 +116,12 @@ class Surface:
 class TableCosts:
     """A measured table."""
 
-    def __init__(self, surfaces: Mapping[tuple[str, int, str], Surface]) -> None:
+    def __init__(
+        self, surfaces: Mapping[tuple[str, int, str], Surface], service: Service | None = None
+    ) -> None:
         """`surfaces`: by (model, degree, kind)."""
         self._surfaces = surfaces
+        self.service = service or Service()
 
     @property
     def models(self) -> list[str]:
@@ -140,6 +163,7 @@ def read_costs(path: Path) -> TableCosts:
 def parse_costs(document: Any) -> TableCosts:
     """A table from what its JSON holds. CostError: what is wrong with it."""
     surfaces = {}
+    service = _service(document)
     for (model, degree), table in _by_degree(document):
         for kind, label in KINDS.items():
             cells = {
@@ -153,13 +177,28 @@ def parse_costs(document: Any) -> TableCosts:
             raise CostError(f"{model}.{degree}: nothing was measured")
     if not surfaces:
         raise CostError("the table is empty")
-    return TableCosts(surfaces)
+    return TableCosts(surfaces, service)
+
+
+def _service(document: Any) -> Service:
+    if not isinstance(document, dict) or SERVICE not in document:
+        return Service()
+    known = {"request_seconds": float, "compute_units": int, "slots": int}
+    found = {}
+    for key, value in _items(document[SERVICE], SERVICE):
+        if key not in known:
+            raise CostError(f"{SERVICE}: unknown field {key!r}; known are {', '.join(known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+            raise CostError(f"{SERVICE}.{key}: must be a number of at least 0, not {value!r}")
+        found[key] = known[key](value)
+    return Service(**found)
 
 
 def _by_degree(document: Any) -> list[tuple[tuple[str, int], Any]]:
     return [
         ((model, _whole(degree, f"{model}.{degree}")), table)
         for model, degrees in _items(document, "table")
+        if model != SERVICE
         for degree, table in _items(degrees, model)
     ]
 

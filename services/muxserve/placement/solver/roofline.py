@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from muxserve.placement.solver.cost import CostModel
+from muxserve.placement.solver.cost import CostModel, Service, TableCosts
 from muxserve.placement.solver.shapes import ITEM, Shape
 
 SHARES = tuple(tenth / 10 for tenth in range(3, 11))
@@ -101,9 +101,14 @@ class Roofline:
 class Costs:
     """Measured where a model is in the table, else predicted."""
 
-    table: CostModel
+    table: TableCosts
     measured: frozenset[str]
     predicted: Roofline = field(default_factory=lambda: Roofline({}))
+
+    @property
+    def service(self) -> Service:
+        """What the deployment adds that the table was measured on."""
+        return self.table.service
 
     def degrees(self, model: str, shape: Shape) -> Sequence[int]:
         """See `CostModel`."""
