@@ -43,6 +43,10 @@ def _config(message: common_pb2.ModelConfig) -> ModelConfig:
         quota_blocks=message.quota_blocks,
         rate=message.rate,
         max_context=message.max_context,
+        pinned=message.pinned,
+        priority=message.residency_priority,
+        keep_alive=message.keep_alive,
+        min_resident=message.min_resident,
     )
 
 
@@ -69,6 +73,10 @@ def _placed(message: admin_pb2.PlacedModel) -> PlacedModel:
         reason=message.reason,
         field=message.field,
         shape=_shape(message.shape) if message.HasField("shape") else None,
+        loads=message.loads,
+        load_seconds=message.load_seconds,
+        expected_wait=message.expected_wait_seconds,
+        room_at=message.room_at_unix_ms / 1000,
     )
 
 

@@ -28,6 +28,14 @@ class ModelConfig:
     """Expected arrivals, requests per second. 0: unknown."""
     max_context: int
     """Tokens. 0: the checkpoint's own."""
+    pinned: bool = False
+    """Whether its weights stay loaded; see `Placement.pinned`."""
+    priority: int = 0
+    """Where room is needed, idle models of lower priority are put to sleep first."""
+    keep_alive: float = 0.0
+    """Seconds without a request after which it may be put to sleep though nobody needs the room. 0: never."""
+    min_resident: int = 0
+    """Replicas that stay loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,15 @@ class PlacedModel:
     """The field at fault where it FAILED for bad input."""
     shape: ModelShape | None
     """None until a worker has read the checkpoint."""
+    loads: int = 0
+    """How often its weights were loaded here."""
+    load_seconds: float = 0.0
+    """That loading them took the last time. 0: they were not loaded yet."""
+    expected_wait: float = 0.0
+    """Where it is ASLEEP: seconds that a request is likely to wait for it, from `room_at` on. Infinite: what
+    is pinned leaves no room for it."""
+    room_at: float = 0.0
+    """Where it is ASLEEP: Unix time when there will be room for it. 0: there is."""
 
 
 @dataclass(frozen=True, slots=True)

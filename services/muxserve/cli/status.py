@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 from typing import Any
 
 import typer
 
 from muxserve.cli.calls import exit_code
-from muxserve.client import AdminClient, ModelStatus, PlacedModel, Status
+from muxserve.client import AdminClient, ModelState, ModelStatus, PlacedModel, Status
 
 
 def run(admin: str, *, as_json: bool) -> int:
@@ -83,6 +85,9 @@ def _model(unit: str, worker: str, placed: PlacedModel, live: ModelStatus | None
         "architecture": shape.architecture if shape else "",
         "context_length": shape.context_length if shape else 0,
         "weight_bytes": shape.weight_bytes if shape else 0,
+        "loads": placed.loads,
+        "load_seconds": placed.load_seconds,
+        "expected_wait": _expected_wait(placed),
         "running": live.running if live else 0,
         "waiting": live.waiting if live else 0,
         "blocks_held": live.held_blocks if live else 0,
@@ -96,6 +101,13 @@ def _model(unit: str, worker: str, placed: PlacedModel, live: ModelStatus | None
         "prefix_hit_tokens": live.prefix_hit_tokens if live else 0,
         "preemptions": live.preemptions if live else 0,
     }
+
+
+def _expected_wait(placed: PlacedModel) -> float | None:
+    """Seconds from now on. JSON has no infinity."""
+    if placed.state is not ModelState.ASLEEP or math.isinf(placed.expected_wait):
+        return None
+    return round(placed.expected_wait + max(0.0, placed.room_at - time.time()), 3)
 
 
 def _print(status: dict[str, Any]) -> None:
@@ -115,6 +127,7 @@ def _print(status: dict[str, Any]) -> None:
         "cached": "blocks_cached",
         "tokens": "generated_tokens",
         "preempted": "preemptions",
+        "loads": "loads",
     }
     models = status["models"]
     print_table(
@@ -123,7 +136,9 @@ def _print(status: dict[str, Any]) -> None:
         ([model[key] for key in columns.values()] for model in models),
     )
     for model in models:
-        if model["state"] != "ready" and model["reason"]:
+        if model["expected_wait"] is not None:
+            typer.echo(f"  {model['name']}: asleep, {model['expected_wait']:.1f} s to wake")
+        elif model["state"] != "ready" and model["reason"]:
             field = f"{model['field']}: " if model["field"] else ""
             typer.echo(f"  {model['name']}: {field}{model['reason']}")
     _print_rows("block pools", status["pool"])
