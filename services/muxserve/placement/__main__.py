@@ -19,6 +19,8 @@ from muxserve.placement.advisor_watch import Watch
 from muxserve.placement.drains import Drains
 from muxserve.placement.migrations import Migrations
 from muxserve.placement.reconcile import Reconciler
+from muxserve.placement.residency_demand import Demand
+from muxserve.placement.residency_keeper import Keeper
 from muxserve.placement.service import AdminServicer
 from muxserve.placement.settings import PlacementSettings
 from muxserve.placement.traffic import Traffic
@@ -35,6 +37,8 @@ async def serve(settings: PlacementSettings, stop: asyncio.Event) -> None:
     redis = connect(settings.redis_url)
     registry, calls = Registry(redis), WorkerCalls(settings.load_timeout)
     reconciler = Reconciler(settings, registry, PlacementStore(redis), calls)
+    keeper = Keeper(settings, Demand(redis, registry), calls, reconciler.wake)
+    reconciler.advisers.append(keeper)
     migrations = Migrations(reconciler, calls, settings.drain_seconds)
     drains = Drains(migrations, reconciler, calls)
     expected = {model.name: model.rate for model in settings.models if model.rate}
@@ -64,6 +68,7 @@ async def serve(settings: PlacementSettings, stop: asyncio.Event) -> None:
     await drains.close()
     await servicer.close()
     await watch.close()
+    await keeper.close()
     await calls.close()
     await redis.aclose()
 
