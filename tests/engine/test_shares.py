@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxserve.engine.shares import Found, detect, split_cores, split_sms
+from muxserve.engine.shares import Found, decode_room, detect, split_cores, split_sms
 
 H200 = Found(driver_version=13000, sms=132, lane_sms=8, mps=True)
 
@@ -21,6 +21,23 @@ def test_a_lone_job_has_all_cores_and_two_have_them_by_their_shares() -> None:
     assert split_cores(8, 0.5, 0.5) == (4, 4)
     assert split_cores(8, 0.25, 0.75) == (2, 6)
     assert split_cores(2, 0.5, 1.0) == (1, 1)
+
+
+def test_decode_jobs_have_equal_parts_of_what_decode_has() -> None:
+    assert split_cores(8, 0.0, 0.5, 2) == (0, 4)
+    assert split_cores(8, 0.5, 0.5, 2) == (4, 2)
+    assert split_cores(8, 0.5, 0.5, 3) == (4, 1)
+    assert split_cores(2, 0.5, 0.5, 2) == (1, 1)
+
+
+def test_no_more_decode_jobs_run_than_cores_are_left_beside_a_prefill_job() -> None:
+    assert decode_room(2, 2, 0.0) == 2
+    assert decode_room(2, 2, 0.5) == 1
+    assert decode_room(8, 2, 0.5) == 2
+    assert decode_room(8, 8, 0.75) == 2
+    assert decode_room(8, 8, 1.0) == 4
+    assert decode_room(1, 1, 0.5) == 1
+    assert decode_room(1, 4, 0.0) == 4
 
 
 @given(cores=st.integers(2, 256), prefill=st.floats(0.01, 1), decode=st.floats(0.01, 1))

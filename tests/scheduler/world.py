@@ -171,7 +171,7 @@ class World:
             )
             for job in self.jobs.values()
         )
-        return Snapshot(tuple(models), Pool(self.total, self.available), jobs, cores=2)
+        return Snapshot(tuple(models), Pool(self.total, self.available), jobs, lanes=1)
 
     def ends_soon(self, job: Job) -> bool:
         """Whether it is a lease near its end that none follows."""

@@ -33,7 +33,7 @@ from muxserve.engine.pool import BlockPool
 from muxserve.engine.spec import KVLayout
 from muxserve.engine.tables import SequenceTables
 from muxserve.worker import jobs
-from muxserve.worker.lanes import Lane
+from muxserve.worker.lanes import JobQueue, Lane
 from muxserve.worker.models import LoadedModel, ModelChoice, ModelTable
 from muxserve.worker.orders import Chunk, DecodeOrder, Ended, Opening, Order, Outcome, PrefillOrder, Tokens
 from muxserve.worker.prefix_cache import PrefixCache
@@ -110,7 +110,12 @@ class BookMachine(RuleBasedStateMachine):
         self.book = SequenceBook(cast(ModelTable, self.models), self.pool, prefixes)
         self.owner = Scheduler(self.book, self.on_event)
         numbers = count(1)
-        self.lanes = {kind: Lane(self.pool, numbers, self.divide) for kind in ("prefill", "decode")}
+        self.queues = {
+            "prefill": JobQueue(self.pool, numbers, self.divide),
+            "decode": JobQueue(self.pool, numbers, self.divide, lanes=2),
+        }
+        lanes = [lane for queue in self.queues.values() for lane in queue.lanes]
+        self.lanes = dict(zip(("prefill", "decode", "second"), lanes, strict=True))
         self.executors = {kind: Executor() for kind in self.lanes}
         for kind, lane in self.lanes.items():
             lane.executor = cast(Any, self.executors[kind])
@@ -145,9 +150,12 @@ class BookMachine(RuleBasedStateMachine):
         self.models[name] = LoadedModel(ModelChoice(name, "x"), shape, tables, AsyncExitStack())
 
     def divide(self) -> None:
-        shares = Shares(self.lanes["prefill"].share, self.lanes["decode"].share)
-        self.lanes["decode"].use_shares(shares)
-        self.lanes["prefill"].use_shares(shares)
+        prefill, decode = (self.queues[kind].shares for kind in ("prefill", "decode"))
+        models = [order.model for lane in self.queues["decode"].lanes if (order := lane.order)]
+        assert len(set(models)) == len(models), "two jobs of a model may have sequences in common"
+        shares = Shares(sum(prefill), sum(decode), max(1, len(decode)))
+        for queue in self.queues.values():
+            queue.use_shares(shares)
 
     # What the scheduler hears
 
@@ -214,7 +222,7 @@ class BookMachine(RuleBasedStateMachine):
         self.orders[order.job] = order
         for number in order.sequences:
             self.asked[number].orders += 1
-        self.lanes[kind].submit(self.owner, order)
+        self.queues[kind].submit(self.owner, order)
 
     @rule(model=st.sampled_from(sorted(LAYOUTS)), data=st.data(), borrow=st.booleans())
     def prefill(self, model: str, data: st.DataObject, borrow: bool) -> None:
@@ -268,8 +276,8 @@ class BookMachine(RuleBasedStateMachine):
             self.submit(
                 "decode", DecodeOrder(next(self.numbers), model, tuple(going), steps, 0.5, borrow=True)
             )
-            while self.executors["decode"].job is not None:
-                self.finish("decode", last)
+            while running := [kind for kind in ("decode", "second") if self.executors[kind].job is not None]:
+                self.finish(running[0], last)
         gone = [number for number in new if number in self.asked][keep:]
         for number in gone:
             del self.asked[number]
@@ -296,7 +304,7 @@ class BookMachine(RuleBasedStateMachine):
     # What executors do
 
     @rule(
-        kind=st.sampled_from(["prefill", "prefill", "decode"]),
+        kind=st.sampled_from(["prefill", "prefill", "decode", "second"]),
         outcome=st.sampled_from(["ok", "ok", "ok", "ok", "error", "lost", "not finite"]),
     )
     def finish(self, kind: str, outcome: str = "ok") -> None:

@@ -49,6 +49,29 @@ async def test_leases_of_any_length_give_the_same_text(worker: Harness, llama: P
     assert texts == [expected(llama, "float32", asked)] * 3
 
 
+async def test_decode_jobs_of_different_models_run_side_by_side_and_those_of_one_in_turn(
+    worker: Harness,
+) -> None:
+    executors = (await worker.info()).executors
+    assert [executor.kind for executor in executors] == ["prefill", "decode", "decode"]
+    async with worker.stream() as stream:
+        numbers = {
+            model: [await stream.open(model, prompt, 80) for prompt in prompts(20, 33)]
+            for model in ("llama", "qwen")
+        }
+        for model, both in numbers.items():
+            chunks = {number: (0, length) for number, length in zip(both, (20, 33), strict=True)}
+            assert not (await stream.prefill(model, chunks)).refused
+        one, two = [await stream.start_decode("llama", [number], 60) for number in numbers["llama"]]
+        other = await stream.start_decode("qwen", numbers["qwen"], 1)
+        await stream.result(other)
+        first = await stream.first_step(one)
+        assert not first.ended.is_set(), "it would have had to wait for a lease of 60 steps"
+        await stream.first_step(two)
+        assert first.ended.is_set()
+        await stream.result(two)
+
+
 async def test_two_models_of_different_head_size_and_dtype_decode_at_the_same_time(
     worker: Harness, llama: Path, qwen: Path
 ) -> None:

@@ -86,6 +86,8 @@ class Shares(msgspec.Struct, frozen=True, omit_defaults=True):
 
     prefill: float = 0.0
     decode: float = 0.0
+    decoding: int = 1
+    """Decode jobs that run, which have the share of theirs in equal parts."""
 
 
 class PrefillChunk(msgspec.Struct, frozen=True):

@@ -10,15 +10,25 @@ GREEN_CONTEXTS_DRIVER = 12040
 """CUDA 12.4, as `cuDriverGetVersion` counts: the first driver with cuGreenCtxCreate."""
 
 
-def split_cores(cores: int, prefill: float, decode: float) -> tuple[int, int]:
-    """Threads of a prefill job and of a decode job with these compute shares, 0 = no such job runs.
+def split_cores(cores: int, prefill: float, decode: float, decoding: int = 1) -> tuple[int, int]:
+    """Threads of a prefill job and of each of `decoding` decode jobs with these compute shares, 0 = no such
+    job runs.
 
-    A lone job has all cores. Two jobs have them in proportion to their shares, and at least one each.
+    A lone job has all cores. Both kinds have them in proportion to their shares, decode jobs equal parts of
+    theirs, and every job at least one.
     """
     if not prefill or not decode:
-        return (cores if prefill else 0, cores if decode else 0)
+        return (cores if prefill else 0, max(1, cores // decoding) if decode else 0)
     threads = max(1, min(cores - 1, round(cores * prefill / (prefill + decode))))
-    return threads, max(1, cores - threads)
+    return threads, max(1, (cores - threads) // decoding)
+
+
+def decode_room(cores: int, lanes: int, prefill: float) -> int:
+    """Decode jobs that may run at once in so many lanes beside a prefill job with this compute share, 0 =
+    none runs. No more than cores are left: two jobs on one core would only spoil each other's caches."""
+    if not prefill:
+        return lanes
+    return max(1, min(lanes, cores - split_cores(cores, prefill, max(0.0, 1 - prefill) or prefill)[0]))
 
 
 def split_sms(total: int, share: float, minimum: int, alignment: int) -> int:

@@ -171,14 +171,24 @@ class Reports:
         # What the prefix cache had was not computed, and says nothing about how fast the device is.
         tokens = job.tokens - done.cached_tokens
         now = asyncio.get_running_loop().time()
-        since = self._seats.running_since("decode" if job.kind == "prefill" else "prefill")
-        beside = self._overlap.ended(job.kind, now, done.seconds, since)
+        running = [(each.kind, each.model, each.ordered) for each in self._seats.jobs.values()]
+        beside, together = self._overlap.ended(job.kind, job.model, now, done.seconds, running)
         if not done.refused and tokens:
             steps = max(1, done.steps)
             runs = steps if job.kind == "decode" else 1
             self._tally.took(job.kind, job.model, runs, done.seconds, beside)
             self._policy.observe(
-                JobEnded(job.kind, job.model, tokens, done.seconds, steps, job.context, beside, job.tenants)
+                JobEnded(
+                    job.kind,
+                    job.model,
+                    tokens,
+                    done.seconds,
+                    steps,
+                    job.context,
+                    beside,
+                    job.tenants,
+                    together if self._seats.lanes > 1 else 0.0,
+                )
             )
         if job.kind == "prefill":
             self._tally.prefilled[job.model] += tokens

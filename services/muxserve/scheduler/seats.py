@@ -58,7 +58,8 @@ class Seats:
     def __init__(self) -> None:
         self.shapes: dict[str, common_pb2.ModelShape] = {}
         """Models that are loaded."""
-        self.cores = 1
+        self.lanes = 1
+        """Decode jobs that run side by side."""
         self.total_blocks = 0
         self.sequences: dict[int, Sequence] = {}
         """All that hold a slot."""
@@ -79,7 +80,7 @@ class Seats:
     def update(self, info: worker_pb2.WorkerInfo) -> None:
         """Models or executors have changed."""
         self.shapes = {loaded.model: loaded.shape for loaded in info.models}
-        self.cores = max(1, info.compute_units)
+        self.lanes = max(1, sum(executor.kind != "prefill" for executor in info.executors))
         self.total_blocks = info.pool.total_blocks
 
     def disconnect(self) -> None:
@@ -201,10 +202,6 @@ class Seats:
         other = self.followed(job)
         first = other is None or job.number < other.number
         return job.kind == "decode" and job.steps_left == job.steps and first
-
-    def running_since(self, kind: Literal["prefill", "decode"]) -> float | None:
-        """When the job of that kind that runs was sent. None: there is none."""
-        return next((job.ordered for job in self.jobs.values() if job.kind == kind), None)
 
     def followed(self, job: Job) -> Job | None:
         """Another job of its kind and model."""

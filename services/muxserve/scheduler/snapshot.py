@@ -64,7 +64,7 @@ def take(
         )
         for job in seats.jobs.values()
     )
-    return Snapshot(models, Pool(seats.total_blocks, seats.available), jobs, seats.cores)
+    return Snapshot(models, Pool(seats.total_blocks, seats.available), jobs, seats.lanes)
 
 
 def _waiting(request: Request) -> Waiting:

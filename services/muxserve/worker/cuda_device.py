@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class CudaDevice:
             int(settings.arena), int(settings.block_bytes), self._index, self._runtime
         )
         self._daemon: _Daemon | None = None
-        self.environments: Mapping[Kind, Mapping[str, str]] = {"both": {}}
+        self.executors: Sequence[tuple[Kind, Mapping[str, str]]] = (("both", {}),)
         try:
             found = probe(self._index, cuda.driver, cuda.mps_program)
             self.units = found.sms
@@ -65,10 +65,10 @@ class CudaDevice:
                 raise DeviceError(field, reason) from error
             if self.offer.partition == "mps":
                 self._daemon = _Daemon(mps_directory(settings), cuda.mps_program)
-                self.environments = {
-                    "prefill": self._daemon.mps.environment(settings.mps_prefill),
-                    "decode": self._daemon.mps.environment(settings.mps_decode),
-                }
+                self.executors = (
+                    ("prefill", self._daemon.mps.environment(settings.mps_prefill)),
+                    ("decode", self._daemon.mps.environment(settings.mps_decode)),
+                )
         except BaseException:
             self.arena.close()
             raise

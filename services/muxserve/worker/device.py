@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from muxserve.engine.arena import Arena, SharedArena
@@ -35,8 +35,8 @@ class WorkerDevice(Protocol):
         """See `executors.EXECUTOR`."""
 
     @property
-    def environments(self) -> Mapping[Kind, Mapping[str, str]]:
-        """The executors, by the kind of jobs that they take, and what each has in its environment."""
+    def executors(self) -> Sequence[tuple[Kind, Mapping[str, str]]]:
+        """See `Lanes`."""
 
     async def start(self) -> None:
         """Called before executors start. Raises DeviceError."""
@@ -52,11 +52,17 @@ class CpuDevice:
     """Cores, and shared memory. Raises ArenaError."""
 
     executor: tuple[str, ...] = EXECUTOR
-    environments: Mapping[Kind, Mapping[str, str]] = {"prefill": {}, "decode": {}}
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.offer = detect("cpu", wanted=settings.partition)
         self.units = settings.threads
+        # On a part of the cores each, decode jobs of two models meet at no barrier, and one reads weights
+        # while the other computes.
+        decode = settings.decode_lanes or min(2, self.units)
+        self.executors: Sequence[tuple[Kind, Mapping[str, str]]] = (
+            ("prefill", {}),
+            *(("decode", {}) for _ in range(decode)),
+        )
         self.arena = SharedArena.create(int(settings.arena), int(settings.block_bytes))
         self.memories = SharedMemories(settings.kept_weights)
 

@@ -1,11 +1,11 @@
-"""`Lane`: jobs of one kind, and the one of them that an executor runs. `Lanes`: both of them."""
+"""`Lane`: one job at a time. `JobQueue`: jobs of one kind, and their lanes. `Lanes`: both kinds."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import structlog
 
 from muxserve.engine.messages import UNFINISHED, JobDone, PrefillJob, Shares, Step
 from muxserve.engine.pool import BlockPool
+from muxserve.engine.shares import decode_room
 from muxserve.worker.executors import ExecutorOptions, ExecutorProcess, Kind
 from muxserve.worker.jobs import Plan, plan, plan_chunks
 from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, PrefillOrder, Refused, Tokens
@@ -55,25 +56,33 @@ class _Running:
 
 
 class Lane:
-    """Runs orders of one kind one at a time, in the order in which they came. Blocks are reserved when a job
-    starts, so that one that waits sees what the one before it has done."""
+    """One job at a time of an executor's. Blocks are reserved when a job starts, so that one that waits sees
+    what those before it have done."""
 
-    def __init__(self, pool: BlockPool, numbers: Iterator[int], divide: Callable[[], None]) -> None:
-        """numbers: for jobs; one executor may have those of both lanes. divide: called when a job is about to
-        start or has ended; calls `use_shares` of all lanes. `executor` has to be set before the first job."""
+    def __init__(
+        self, pool: BlockPool, numbers: Iterator[int], divide: Callable[[], None], free: Callable[[], None]
+    ) -> None:
+        """numbers: for jobs; one executor may have those of several lanes. divide: called when a job is about
+        to start or has ended; calls `use_shares` of all lanes. free: called when there may be something to
+        start. `executor` has to be set before the first job."""
         self.executor: ExecutorProcess
         self._pool = pool
-        self._divide = divide
-        self._waiting: deque[_Waiting] = deque()
-        self._running: _Running | None = None
         self._numbers = numbers
+        self._divide = divide
+        self._free = free
+        self._running: _Running | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
-    def share(self) -> float:
-        """Compute share of the job that runs; 0 = none does."""
-        return self._running.order.share if self._running else 0.0
+    def free(self) -> bool:
+        """Whether a job could start."""
+        return self._running is None and self.executor.ready is not None
+
+    @property
+    def order(self) -> Order | None:
+        """What runs."""
+        return self._running.order if self._running else None
 
     def use_shares(self, shares: Shares) -> None:
         """Those of all jobs that run now: this lane's goes on by them from its next step on."""
@@ -84,50 +93,32 @@ class Lane:
             self.executor.use_shares(running.job, shares)
         running.shares = shares
 
-    def submit(self, owner: JobOwner, order: Order) -> None:
-        """Run `order` when its turn comes; too many waiting ones and it fails at once."""
-        if len(self._waiting) >= MAX_WAITING:
-            owner.book.close(order.sequences)
-            self._tell_end(
-                owner, order, Plan(), Outcome.FAILED, error=f"{MAX_WAITING} jobs are waiting already"
-            )
-            return
-        self._waiting.append(_Waiting(owner, order))
-        self._start_next()
-
-    def end_lease(self, owner: JobOwner, job: int) -> None:
-        """End that job soon; one that waits is over at once."""
+    def end_lease(self, owner: JobOwner, job: int) -> bool:
+        """End that job soon if it runs here; whether it does."""
         running = self._running
-        if running is not None and running.owner is owner and running.order.job == job:
-            self.executor.end_lease(running.job)
-            return
-        for waiting in self._waiting:
-            if waiting.owner is owner and waiting.order.job == job:
-                self._waiting.remove(waiting)
-                self._tell_end(owner, waiting.order, Plan(), Outcome.OK)
-                return
+        if running is None or running.owner is not owner or running.order.job != job:
+            return False
+        self.executor.end_lease(running.job)
+        return True
 
     async def drop(self, owner: JobOwner) -> None:
-        """Drop the owner's jobs; returns when the one that runs, if it is the owner's, has ended."""
-        self._waiting = deque(w for w in self._waiting if w.owner is not owner)
+        """End the owner's job; returns when it has ended."""
         while (running := self._running) is not None and running.owner is owner:
             self.executor.end_lease(running.job)
             await self._idle.wait()
 
-    def _start_next(self) -> None:
-        while self._running is None and self.executor.ready and self._waiting:
-            waiting = self._waiting.popleft()
-            owner, order = waiting.owner, waiting.order
-            job = next(self._numbers)
-            running = _Running(owner, order, plan(order, job, owner.book), job)
-            if running.plan.message is None:
-                self._release(running)
-                self._tell_end(owner, order, running.plan, Outcome.OK)
-                continue
-            self._running = running
-            self._idle.clear()
-            self._divide()
-            self._submit(running)
+    def start(self, owner: JobOwner, order: Order) -> None:
+        """Run an order; the lane is free again at once if there is nothing to do."""
+        job = next(self._numbers)
+        running = _Running(owner, order, plan(order, job, owner.book), job)
+        if running.plan.message is None:
+            self._release(running)
+            tell_end(self._pool, owner, order, running.plan, Outcome.OK)
+            return
+        self._running = running
+        self._idle.clear()
+        self._divide()
+        self._submit(running)
 
     def _submit(self, running: _Running) -> None:
         message = running.plan.message
@@ -194,7 +185,7 @@ class Lane:
         """The executor is ready, or has died."""
         if self.executor.ready is None and (running := self._running) is not None:
             self._end(running, Outcome.EXECUTOR_LOST, f"{self.executor.title} died")
-        self._start_next()
+        self._free()
 
     def _end(self, running: _Running, outcome: Outcome, error: str = "") -> None:
         self._running = None
@@ -206,11 +197,18 @@ class Lane:
             # takes them for lost.
             book.close(running.order.sequences)
         self._release(running)
-        self._tell_end(
-            running.owner, running.order, running.plan, outcome, running.steps, running.seconds, error
+        tell_end(
+            self._pool,
+            running.owner,
+            running.order,
+            running.plan,
+            outcome,
+            running.steps,
+            running.seconds,
+            error,
         )
         self._idle.set()
-        self._start_next()
+        self._free()
         self._divide()
 
     def _release(self, running: _Running) -> None:
@@ -218,46 +216,122 @@ class Lane:
         for sequence in running.plan.sequences.values():
             running.owner.book.leave(sequence)
 
-    def _tell_end(
+
+class JobQueue:
+    """Orders of one kind in the order in which they came, and the lanes that run them. Those of one model run
+    one after the other: they may have sequences in common."""
+
+    def __init__(
         self,
-        owner: JobOwner,
-        order: Order,
-        made: Plan,
-        outcome: Outcome,
-        steps: int = 0,
-        seconds: float = 0.0,
-        error: str = "",
+        pool: BlockPool,
+        numbers: Iterator[int],
+        divide: Callable[[], None],
+        lanes: int = 1,
+        most: Callable[[], int] | None = None,
     ) -> None:
-        problems = "; ".join(filter(None, [error, *made.problems]))
-        if problems:
-            log.warning(
-                "job trouble", job=order.job, model=order.model, outcome=outcome.name, reason=problems
-            )
-        refused = tuple(made.refused)
-        available = self._pool.available_blocks
-        cached = made.cached_tokens
-        owner.send(Ended(order.job, outcome, steps, seconds, refused, problems, available, cached))
+        """`lanes`: how many can run at once; `most`: how many may now, if not that many."""
+        self.lanes = tuple(Lane(pool, numbers, divide, self.start) for _ in range(lanes))
+        self._most = most or (lambda: lanes)
+        self._pool = pool
+        self._waiting: deque[_Waiting] = deque()
+
+    @property
+    def shares(self) -> list[float]:
+        """Compute shares of the jobs that run."""
+        return [order.share for lane in self.lanes if (order := lane.order) is not None]
+
+    def use_shares(self, shares: Shares) -> None:
+        """Those of all jobs that run now: this queue's go on by them from their next steps on."""
+        for lane in self.lanes:
+            lane.use_shares(shares)
+
+    def submit(self, owner: JobOwner, order: Order) -> None:
+        """Run `order` when its turn comes; too many waiting ones and it fails at once."""
+        if len(self._waiting) >= MAX_WAITING:
+            owner.book.close(order.sequences)
+            error = f"{MAX_WAITING} jobs are waiting already"
+            tell_end(self._pool, owner, order, Plan(), Outcome.FAILED, error=error)
+            return
+        self._waiting.append(_Waiting(owner, order))
+        self.start()
+
+    def end_lease(self, owner: JobOwner, job: int) -> None:
+        """End that job soon; one that waits is over at once."""
+        if any(lane.end_lease(owner, job) for lane in self.lanes):
+            return
+        for waiting in self._waiting:
+            if waiting.owner is owner and waiting.order.job == job:
+                self._waiting.remove(waiting)
+                tell_end(self._pool, owner, waiting.order, Plan(), Outcome.OK)
+                return
+
+    async def drop(self, owner: JobOwner) -> None:
+        """Drop the owner's jobs; returns when those that run, if they are the owner's, have ended."""
+        self._waiting = deque(w for w in self._waiting if w.owner is not owner)
+        await asyncio.gather(*(lane.drop(owner) for lane in self.lanes))
+
+    def start(self) -> None:
+        """Start what can."""
+        for lane in self.lanes:
+            while lane.free and len(self.shares) < self._most() and (waiting := self._next()) is not None:
+                self._waiting.remove(waiting)
+                lane.start(waiting.owner, waiting.order)
+
+    def _next(self) -> _Waiting | None:
+        busy = {order.model for lane in self.lanes if (order := lane.order) is not None}
+        return next((waiting for waiting in self._waiting if waiting.order.model not in busy), None)
+
+
+def tell_end(
+    pool: BlockPool,
+    owner: JobOwner,
+    order: Order,
+    made: Plan,
+    outcome: Outcome,
+    steps: int = 0,
+    seconds: float = 0.0,
+    error: str = "",
+) -> None:
+    """Tell the owner of an order how it ended, and the log of what went wrong."""
+    problems = "; ".join(filter(None, [error, *made.problems]))
+    if problems:
+        log.warning("job trouble", job=order.job, model=order.model, outcome=outcome.name, reason=problems)
+    refused, available = tuple(made.refused), pool.available_blocks
+    owner.send(Ended(order.job, outcome, steps, seconds, refused, problems, available, made.cached_tokens))
 
 
 class Lanes:
-    """A prefill lane and a decode lane over one arena, and how they share the device.
+    """Queues of prefill and of decode jobs over one arena, and how these share the device.
 
-    environments: of each executor, by its kind: one for both lanes, or one for each.
+    executors: the kinds of jobs that each takes, and what it has in its environment: one for both kinds, or
+    one for prefill and at least one for decode.
     """
 
     def __init__(
         self,
         options: ExecutorOptions,
-        environments: Mapping[Kind, Mapping[str, str]],
+        executors: Sequence[tuple[Kind, Mapping[str, str]]],
         pool: BlockPool,
         on_change: Callable[[], None],
     ) -> None:
         numbers = itertools.count(1)
-        self.prefill = Lane(pool, numbers, self._divide)
-        self.decode = Lane(pool, numbers, self._divide)
+        decode = sum(kind != "prefill" for kind, _ in executors)
+        self._cores = options.cores
+        self.prefill = JobQueue(pool, numbers, self._divide)
+        self.decode = JobQueue(pool, numbers, self._divide, decode, self._most_decoding)
         self._on_change = on_change
+        decoders = iter(self.decode.lanes)
         self.executors = tuple(
-            self._executor(kind, options, environment) for kind, environment in environments.items()
+            self._executor(
+                kind,
+                options,
+                environment,
+                [
+                    *(self.prefill.lanes if kind != "decode" else ()),
+                    *((next(decoders),) if kind != "prefill" else ()),
+                ],
+            )
+            for kind, environment in executors
         )
 
     async def start(self) -> None:
@@ -273,12 +347,8 @@ class Lanes:
         await asyncio.gather(self.prefill.drop(owner), self.decode.drop(owner))
 
     def _executor(
-        self, kind: Kind, options: ExecutorOptions, environment: Mapping[str, str]
+        self, kind: Kind, options: ExecutorOptions, environment: Mapping[str, str], lanes: Sequence[Lane]
     ) -> ExecutorProcess:
-        lanes = {"prefill": [self.prefill], "decode": [self.decode], "both": [self.prefill, self.decode]}[
-            kind
-        ]
-
         def on_report(report: Step | JobDone) -> None:
             for lane in lanes:
                 lane.on_report(report)
@@ -295,7 +365,12 @@ class Lanes:
 
     def _divide(self) -> None:
         """Have the jobs that run share the device."""
-        shares = Shares(self.prefill.share, self.decode.share)
+        prefill, decode = self.prefill.shares, self.decode.shares
+        shares = Shares(max(prefill, default=0.0), max(decode, default=0.0), max(1, len(decode)))
         # A job that is about to start is handed over after this: who gives up a part for it is told first.
         self.decode.use_shares(shares)
         self.prefill.use_shares(shares)
+        self.decode.start()
+
+    def _most_decoding(self) -> int:
+        return decode_room(self._cores, len(self.decode.lanes), max(self.prefill.shares, default=0.0))

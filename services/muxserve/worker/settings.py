@@ -41,6 +41,9 @@ class WorkerSettings(ServiceSettings):
     """Size of a block: a multiple of 64."""
     cores: int | None = Field(None, ge=1)
     """Cores to compute with, or beside a GPU to load weights with. Absent: all that this process may use."""
+    decode_lanes: int | None = Field(None, ge=1, le=64)
+    """Decode jobs of different models that run side by side, each on its part of the cores. Absent: two,
+    where there are two cores. For cpu only: a GPU runs one."""
     slots: int = Field(64, ge=1, le=4096)
     """Sequences of one model that can be open at once."""
     weight_budget: Bytes | None = None

@@ -55,7 +55,7 @@ class Worker:
             log_level=settings.log_level,
             module=self.device.executor,
         )
-        self.lanes = Lanes(options, self.device.environments, self.pool, self._changed)
+        self.lanes = Lanes(options, self.device.executors, self.pool, self._changed)
         self.weights = WeightStore(
             int(settings.weight_budget or 0),
             threads=settings.threads,

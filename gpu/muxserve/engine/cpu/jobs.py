@@ -122,7 +122,10 @@ class NativeJob:
         return [step for step in steps if step is not None]
 
     def _threads(self, shares: Shares) -> int:
-        return split_cores(self._cores, shares.prefill, shares.decode)[self._kind] or self._cores
+        return (
+            split_cores(self._cores, shares.prefill, shares.decode, shares.decoding)[self._kind]
+            or self._cores
+        )
 
     def _step(self, index: int) -> Step | None:
         finished = self._finished[index]

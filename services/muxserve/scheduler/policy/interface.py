@@ -171,8 +171,8 @@ class Snapshot:
     """By name."""
     pool: Pool
     jobs: tuple[RunningJob, ...] = ()
-    cores: int = 1
-    """Compute units of the device."""
+    lanes: int = 1
+    """Decode jobs, of different models, that run side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +268,8 @@ class JobEnded:
     """Part of `seconds`, 0 to 1, in which a job of the other kind ran too."""
     tenants: Mapping[str, int] = field(default_factory=dict)
     """`tokens` by tenant."""
+    together: float = 0.0
+    """As `beside`, for a decode job and those of other models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +312,8 @@ class PolicyOptions:
     lease_steps: int = 8
     """Most steps of a decode job."""
     decode_jobs: int = 2
-    """Decode jobs started at once: one runs, others (of other models) are next in the executor's queue."""
+    """Decode jobs started at once on a device that runs one at a time: others (of other models) are next in
+    its queue. One more for each more that runs beside it."""
     prefill_share: float = 0.5
     """Compute share of a prefill job beside decode jobs."""
     decode_share: float = 0.5

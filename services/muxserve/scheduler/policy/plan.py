@@ -69,6 +69,7 @@ class Plan:
         self.decisions: list[Decision] = []
         self.models = {m.model: m for m in snapshot.models}
         self.jobs = snapshot.jobs
+        self.lanes = snapshot.lanes
         self.prefilling = any(job.kind == "prefill" for job in snapshot.jobs)
         self.closing = {m.model: m.closing for m in snapshot.models}
         """Blocks that come back when running jobs end; until then they count against their quota."""
@@ -215,13 +216,18 @@ class Plan:
 
     def decodable(self) -> list[str]:
         """Models that could start a decode job, by name; none if enough are started."""
-        if self._leases >= self.options.decode_jobs:
+        if self._leases >= self.options.decode_jobs + self.lanes - 1:
             return []
         return [
             name
             for name, m in self.models.items()
             if name not in self._decoding and m.any_idle and (not self._gone or self.idle(m))
         ]
+
+    def leases(self, model: str) -> int:
+        """Decode jobs of the model that run, or were decided on."""
+        decided = sum(isinstance(d, DecodeJob) and d.model == model for d in self.decisions)
+        return decided + sum(job.kind == "decode" and job.model == model for job in self.jobs)
 
     def turn_steps(self) -> int:
         """Steps of a lease: shorter where models take turns, so that none pauses for long."""
