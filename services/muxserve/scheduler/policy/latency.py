@@ -4,11 +4,18 @@
     prefill job = (o + p · tokens + q · tokens · context) · (1 + h · beside)
 
 with a, b, c and o, p, q per model and g, h of the unit; `beside` is the part of its time in which a job of
-the other kind ran too. Least squares of the relative error over observations that are forgotten by and by,
-with no coefficient below zero. A model that was not observed yet is taken to be like another one.
+the other kind ran too. Decode steps beside those of another model have a, b and c of their own: they have
+fewer cores, and share the memory's bandwidth.
+
+Least squares of the error relative to what was expected (relative to what was seen, it would find too little)
+over observations that are forgotten by and by, with no coefficient below zero. What ran with nothing beside
+it counts most: of what did not, less can be told. A model that was not observed yet is taken to be like
+another one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from muxserve.scheduler.policy.interface import JobEnded
 
@@ -16,6 +23,8 @@ FORGET = 0.99
 """Weight that an observation keeps with each one that follows."""
 PRIOR = 0.02
 """Weight of the coefficients that are assumed at first, in observations."""
+CONTENDED = 0.2
+"""Weight of an observation with neighbours all of its time."""
 SWEEPS = 8
 """Passes over the coefficients after each observation."""
 MEMORY = 0.05
@@ -51,16 +60,19 @@ class Fit:
         (a, b, c), (x, y, z) = self._at, features
         return a * x / SCALE[0] + b * y / SCALE[1] + c * z / SCALE[2]
 
-    def observe(self, features: Features, value: float) -> None:
+    def observe(self, features: Features, value: float, weight: float = 1.0) -> None:
         """It was `value` there."""
+        expected = self(features) if self.seen >= ENOUGH else value
         self.seen += 1
-        # Divided by the value: small ones are to be met as well as large ones.
-        f = [x / s / value for x, s in zip(features, SCALE, strict=True)]
+        # Relative: small ones are to be met as well as large ones.
+        expected = max(expected, value / MOST)
+        f = [x / s / expected for x, s in zip(features, SCALE, strict=True)]
+        kept = FORGET**weight
         for i in range(3):
-            self._moment[i] = FORGET * self._moment[i] + f[i]
+            self._moment[i] = kept * self._moment[i] + weight * f[i] * value / expected
             row = self._square[i]
             for j in range(3):
-                row[j] = FORGET * row[j] + f[i] * f[j]
+                row[j] = kept * row[j] + weight * f[i] * f[j]
         for _ in range(SWEEPS):
             for i in range(3):
                 row = self._square[i]
@@ -75,9 +87,11 @@ class Latency:
 
     def __init__(self) -> None:
         self._fits: dict[tuple[str, str], Fit] = {}
-        """By kind of job and model."""
+        """By kind of job, "together" for decode jobs beside another, and model."""
         self._neighbour = {"decode": 0.9, "prefill": 0.9}
         """What a neighbour adds to a job of that kind, as a part of its time alone."""
+        self._slower = 1.5
+        """By how much a step takes longer beside those of another model."""
         self._context: dict[str, float] = {}
         """Tokens of a sequence that decodes, as last seen."""
 
@@ -85,18 +99,29 @@ class Latency:
         """Learn from a job."""
         if event.seconds <= 0 or event.steps < 1 or event.tokens < 1:
             return
-        fit = self._fits.setdefault((event.kind, event.model), self._new(event.kind))
+        regime = "together" if event.kind == "decode" and event.together >= 0.5 else event.kind
+        fit = self._fits.setdefault((regime, event.model), self._new(event.kind))
         features = self._features(event)
         seconds = event.seconds / event.steps
         if event.beside >= BESIDE and fit.seen >= ENOUGH and (alone := fit(features)) > 0:
             extra = min(MOST, max(0.0, (seconds / alone - 1) / event.beside))
             self._neighbour[event.kind] += MEMORY * (extra - self._neighbour[event.kind])
-        fit.observe(features, seconds / (1 + self._neighbour[event.kind] * event.beside))
+        seconds /= 1 + self._neighbour[event.kind] * event.beside
+        fit.observe(features, seconds, 1 - (1 - CONTENDED) * event.beside)
+        if regime == "together" and (lone := self._fits.get(("decode", event.model))) is not None:
+            slower = min(MOST, max(1.0, seconds / max(lone(features), seconds / MOST)))
+            self._slower += MEMORY * (slower - self._slower)
 
-    def step(self, model: str, sequences: int) -> float:
-        """Seconds of a decode step of so many sequences of usual length, with nothing beside it."""
+    def step(self, model: str, sequences: int, together: bool = False) -> float:
+        """Seconds of a decode step of so many sequences of usual length, with nothing beside it, or with one
+        of another model."""
         context = self._context.get(model, 0.0)
-        return self._fit("decode", model)((1.0, float(sequences), sequences * context))
+        features = (1.0, float(sequences), sequences * context)
+        this, other = ("together", "decode") if together else ("decode", "together")
+        if (this, model) not in self._fits and ((other, model) in self._fits or not self._any(this)):
+            seconds = self._fit(other, model)(features)
+            return seconds * self._slower if together else seconds / self._slower
+        return self._fit(this, model)(features)
 
     def prefill(self, model: str, tokens: int) -> float:
         """Seconds of a prefill job of so many tokens, with nothing beside it."""
@@ -110,9 +135,16 @@ class Latency:
         """By how much a job of that kind takes longer with one of the other kind beside it."""
         return 1 + self._neighbour[kind]
 
+    def cycle(self, batches: Sequence[tuple[str, int]], lanes: int) -> float:
+        """Seconds in which models with so many sequences each do one step each, so many at a time."""
+        together = lanes > 1 and len(batches) > 1
+        steps = [self.step(name, count, together) for name, count in batches]
+        return max(max(steps, default=0.0), sum(steps) / lanes) if together else sum(steps)
+
     def known(self, model: str) -> bool:
         """Whether jobs of both kinds of the model were observed."""
-        return ("decode", model) in self._fits and ("prefill", model) in self._fits
+        decoded = ("decode", model) in self._fits or ("together", model) in self._fits
+        return decoded and ("prefill", model) in self._fits
 
     def _features(self, event: JobEnded) -> Features:
         if event.kind == "prefill":
@@ -120,6 +152,9 @@ class Latency:
         sequences = event.tokens / event.steps
         self._context[event.model] = event.context / max(1.0, sequences)
         return 1.0, sequences, float(event.context)
+
+    def _any(self, kind: str) -> bool:
+        return any(of == kind for of, _ in self._fits)
 
     def _fit(self, kind: str, model: str) -> Fit:
         if (fit := self._fits.get((kind, model))) is not None:
@@ -131,4 +166,4 @@ class Latency:
         return Fit(STEP if kind == "decode" else PREFILL)
 
 
-_FIRST = {"decode": Fit(STEP), "prefill": Fit(PREFILL)}
+_FIRST = {"decode": Fit(STEP), "together": Fit(STEP), "prefill": Fit(PREFILL)}

@@ -41,10 +41,10 @@ RESERVE = 1.25
 """How far those that had little may go beyond that."""
 OLD = 20.0
 """Seconds after which a late request is served before any other."""
-MARGIN = 0.6
-"""Part of the time that a sequence has left in which it is to be finished."""
-BEHIND = 0.5
-"""Seconds of its pace that a model can be behind at most."""
+HOPELESS = 0.5
+"""Part of the device that a sequence can count on: what needs more to be in time will be late."""
+LEAST_PACE = 0.5
+"""Of a model whose sequences have time, in parts of what `stretch` allows."""
 LEAST_PART = 0.2
 """Part of the time, and of the device, that prefill and decode have at least when targets cannot be met."""
 KEPT = 8192
@@ -70,8 +70,11 @@ class Mux(Adbs):
         self._now = 0.0
         self._dues: dict[int, float] = {}
         """When sequences that decode are due, by number."""
-        self._paid: dict[str, float] = {}
-        """Until when each model has had the steps that it needs."""
+        self._served: dict[str, float] = {}
+        """Seconds for which the steps that each model has had suffice, since a time that is the same for
+        all."""
+        self._turn = 0.0
+        """Where a model begins that did not decode: where the one is that is served next."""
         self._paces: dict[str, tuple[int, float, float]] = {}
         """By model: sequences, the steps per second that these need, and until when that holds."""
         self._rest_until = 0.0
@@ -91,6 +94,8 @@ class Mux(Adbs):
         if isinstance(event, JobEnded):
             self._latency.observe(event)
             self._tenants.observe(event)
+            if event.kind == "decode" and event.model in self._served:
+                self._served[event.model] += event.steps / self._paces[event.model][1]
 
     # Admission
 
@@ -213,20 +218,20 @@ class Mux(Adbs):
         count = plan.seated[model.model]
         if not count:
             return True
-        cycle = self._cycle(plan) - self._latency.step(model.model, count)
-        cycle += self._latency.step(model.model, count + 1)
+        cycle = self._cycle(plan, model.model)
         rank = self._tenants.rank(waiting.tenant) if self._options.fairness else 0
         return cycle <= self._cycle_limit(plan, model) * (1.0 if rank else RESERVE)
 
-    def _cycle(self, plan: Plan) -> float:
-        """Seconds of a step of every model."""
-        return sum(self._latency.step(name, count) for name, count in plan.seated.items() if count)
+    def _cycle(self, plan: Plan, one_more: str = "") -> float:
+        """Seconds in which every model does a step; with one more sequence of that model, if any."""
+        batches = [(name, count + (name == one_more)) for name, count in plan.seated.items() if count]
+        return self._latency.cycle(batches, plan.lanes)
 
     def _cycle_limit(self, plan: Plan, model: ModelSnapshot) -> float:
         """Seconds between two tokens that sequences of `model`, and all with a target, can bear."""
         targets = [m.tpot_target for m in plan.models.values() if m.tpot_target and m.running]
         own = model.tpot_target or FULL * self._options.stretch * self._latency.step(model.model, 1)
-        least = sum(self._latency.step(name, 1) for name, count in plan.seated.items() if count)
+        least = self._latency.cycle([(name, 1) for name, count in plan.seated.items() if count], plan.lanes)
         return max(min([own, *targets]), 2 * least)
 
     def _budget(self, plan: Plan, model: ModelSnapshot) -> int:
@@ -237,34 +242,35 @@ class Mux(Adbs):
     # Leases
 
     def _decode_order(self, plan: Plan, able: list[str]) -> list[str]:
-        """Models that are behind the pace that their sequences need, the furthest first; then the one with
-        most sequences, whose steps give most for their time."""
+        """Models by turns in proportion to the steps that they need: the one first whose steps, those of
+        leases that run included, suffice for the shortest time."""
         if not self._options.turns:
             return super()._decode_order(plan, able)
-        since = {name: self._now - max(self._now - BEHIND, self._paid.get(name, 0.0)) for name in able}
-        behind = {name: seconds * self._pace_of(plan.models[name]) for name, seconds in since.items()}
-        late = sorted((n for n in able if behind[n] > 0), key=lambda n: -behind[n])
-        return late + sorted((n for n in able if behind[n] <= 0), key=lambda n: -len(plan.models[n].running))
-
-    def _decoded(self, model: ModelSnapshot, steps: int) -> None:
-        super()._decoded(model, steps)
-        start = min(self._now, max(self._now - BEHIND, self._paid.get(model.model, 0.0)))
-        self._paid[model.model] = start + steps / self._pace_of(model)
+        for name in [n for n in self._served if n not in plan.models or not plan.models[n].running]:
+            del self._served[name]
+        steps = self._steps(plan) or 1
+        reached = {}
+        for name in able:
+            served = self._served.setdefault(name, self._turn)
+            reached[name] = served + plan.leases(name) * steps / self._pace_of(plan.models[name])
+        order = sorted(able, key=lambda name: reached[name])
+        self._turn = max(self._turn, reached[order[0]])
+        return order
 
     def _pace_of(self, model: ModelSnapshot) -> float:
-        """Steps per second that the model needs for all of its sequences to be in time, with a margin."""
+        """Steps per second that the model needs for all of its sequences to be in time that can be."""
         name, count = model.model, len(model.running)
         known = self._paces.get(name)
         if known is not None and known[0] == count and self._now < known[2]:
             return known[1]
         least = self._latency.step(name, 1)
         usual = 1 / (self._options.stretch * least)
-        rates = [model.tpot_target and 1 / model.tpot_target, usual]
+        rates = [model.tpot_target and 1 / model.tpot_target, LEAST_PACE * usual]
         for r in model.running:
             left, tokens = self._due_of(name, r) - self._now, r.limit - r.length
-            if left > tokens * least:  # others are late whatever is done
+            if left * HOPELESS > tokens * least:  # others are late whatever is done
                 rates.append(tokens / left)
-        pace = min(max(rates) / MARGIN, 1 / least)
+        pace = min(max(rates), 1 / least)
         self._paces[name] = (count, pace, self._now + 0.1)
         return pace
 
@@ -286,5 +292,5 @@ class Mux(Adbs):
         active = [m for m in plan.models.values() if m.running]
         if len(active) == 1:  # nobody waits for a turn
             return most
-        cycle = sum(self._latency.step(m.model, len(m.running)) for m in active)
+        cycle = self._latency.cycle([(m.model, len(m.running)) for m in active], plan.lanes)
         return max(min(2, most), min(most, round(self._options.turn_seconds / max(cycle, 1e-6))))
