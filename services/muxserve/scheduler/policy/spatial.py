@@ -3,11 +3,12 @@
 What a user has who runs one engine per model on a fixed part of the machine. Blocks: a hard quota,
 proportional to rate × blocks per token, or equal where no rates are known; never borrowed, never adapted; a
 request that could not be served in its model's part alone is refused. Compute: a part of the device's time,
-proportional to rate, or equal. One job runs on the device at a time, at full speed, and is charged to its
-model's account, which fills by part × time and holds `BURST` seconds at most: a model with an account below
-zero pauses, even if nobody else does anything. So over any time t a model's jobs take no more than
-part × t + BURST and the last job's excess. A job at full speed followed by a pause is a little better for
-latency than the same job on a slow slice; the comparison errs in favour of this policy.
+proportional to rate, or equal. As many jobs run at a time, of different models, as the device has lanes, at
+full speed, and each is charged to its model's account, half of its time where two run. Accounts fill by
+part × time and hold `BURST` seconds at most: a model with an account below zero pauses, even if nobody else
+does anything. So over any time t a model's jobs take no more than part × t + BURST of the device and the last
+job's excess. A job at full speed followed by a pause is a little better for latency than the same job on a
+slow slice; the comparison errs in favour of this policy.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Spatial:
         """Seconds of device time."""
         self._charged: list[tuple[str, str, float]] = []
         """(model, kind, estimate) of jobs that have not ended."""
+        self._lanes = 1
         self._seen = 0.0
         self._last = ""
 
@@ -68,11 +70,13 @@ class Spatial:
                     plan.refuse(waiting, 0.0)
         if not snapshot.jobs:
             self._charged.clear()
-            self._start(plan)
-            if not any(isinstance(d, PrefillJob | DecodeJob) for d in plan.decisions):
-                self._pause(plan, parts, now)
-        elif all(job.ends_soon for job in snapshot.jobs):
-            self._start(plan, prompts=False)
+        self._lanes = snapshot.lanes
+        busy = {job.model for job in snapshot.jobs if not job.ends_soon}
+        soon = {job.model for job in snapshot.jobs if job.ends_soon}
+        while len(busy) < snapshot.lanes and (name := self._start(plan, busy, soon)):
+            busy.add(name)
+        if not snapshot.jobs and not busy:
+            self._pause(plan, parts, now)
         return plan.decisions
 
     def observe(self, event: Event) -> None:
@@ -85,7 +89,9 @@ class Spatial:
         for index, (model, kind, estimate) in enumerate(self._charged):
             if (model, kind) == (event.model, event.kind):
                 del self._charged[index]
-                self._account[model] = self._account.get(model, 0.0) + estimate - event.seconds
+                beside = max(event.beside, event.together) if self._lanes > 1 else 0.0
+                seconds = event.seconds * (1 - beside * (1 - 1 / self._lanes))
+                self._account[model] = self._account.get(model, 0.0) + estimate - seconds
                 break
 
     def _fill(self, parts: dict[str, float], now: float) -> None:
@@ -98,22 +104,26 @@ class Spatial:
         most = model.spans(max(waiting.limit - 1, waiting.tokens)) * model.blocks_per_span
         return not waiting.open and most > plan.quotas[model.model]
 
-    def _start(self, plan: Plan, prompts: bool = True) -> None:
-        """Give the device to the next model that may have it. Without `prompts` only if it has none to
-        compute: the job waits for the one that runs to end."""
+    def _start(self, plan: Plan, busy: set[str], soon: set[str]) -> str:
+        """Give a lane to the next model that may have it, and return its name; empty: there is none. `busy`
+        have one; those that will `soon` be done may have only a job that can wait for that."""
 
         def fits(model: ModelSnapshot, waiting: Waiting, need: int) -> bool:
             return plan.within(model, need + plan.headroom(model))
 
         for name in rotated(plan.models, self._last):
             model = plan.models[name]
-            if self._account[name] < 0 or not has_work(model) or (model.waiting and not prompts):
+            if name in busy or self._account[name] < 0 or not has_work(model):
+                continue
+            if model.waiting and name in soon:
                 continue
             steps = max(1, min(self._options.lease_steps, int(BURST / self._step.get(name, BURST))))
-            if take_turn(plan, model, self._pace.budget(name), steps, fits):
+            budget = 0 if plan.prefilling else self._pace.budget(name)
+            if take_turn(plan, model, budget, steps, fits):
                 self._charge(plan.decisions[-1])
                 self._last = name
-                return
+                return name
+        return ""
 
     def _charge(self, job: Decision) -> None:
         match job:
@@ -123,6 +133,7 @@ class Spatial:
                 kind, seconds = "decode", steps * self._step.get(model, BURST)
             case _:
                 return
+        seconds /= self._lanes
         self._charged.append((model, kind, seconds))
         self._account[model] -= seconds
 
