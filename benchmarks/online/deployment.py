@@ -37,6 +37,8 @@ class Setup:
     """Bytes, of each worker."""
     arena: int
     workers: int = 2
+    cores: int | None = 1
+    """Of each worker. None: all that there are, divided among them."""
     rebalance: str = "auto"
     policy: str = "mux"
 
@@ -76,7 +78,9 @@ class Deployment:
         command = [sys.executable, "-m", "muxserve.cli.child", f"{os.getpid()}", "-m", "muxserve.cli.main"]
         command += ["up", "--port", "0", "--admin-port", "0", "--workers", f"{setup.workers}"]
         command += ["--arena", f"{setup.arena}", "--weight-budget", f"{setup.weight_budget}"]
-        command += ["--policy", setup.policy, "--cores", f"{setup.workers}"]
+        command += ["--policy", setup.policy]
+        if setup.cores is not None:
+            command += ["--cores", f"{setup.cores * setup.workers}"]
         command += ["--run-dir", f"{folder / 'run'}", "--ready-file", f"{ready}"]
         command += ["--set", f"placement.rebalance={json.dumps(setup.rebalance)}"]
         for name, path in setup.checkpoints.items():

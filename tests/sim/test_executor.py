@@ -87,3 +87,40 @@ def test_a_lease_that_has_not_begun_ends_without_a_step() -> None:
     executor.end_lease(later)
     assert list(run(executor)) == [1, 2]
     assert later.done == 0
+
+
+def test_decode_jobs_of_two_models_run_side_by_side_where_there_are_lanes_for_them() -> None:
+    executor = Executor(COSTS, 1, units=2, decode_lanes=2)
+    one, other, third = (work(n, "decode", steps=10) for n in (1, 2, 3))
+    other.name = "n"
+    for each in (one, third, other):
+        executor.start(each)
+    beside = Beside(0.5, bandwidth_use(SHAPE, 1, 4 * 128, seconds("decode", 0.5)))
+    both = seconds("decode", 0.5) * slowdown(beside, beside)
+    ended = run(executor)
+    assert ended[1] == ended[2] == pytest.approx(10 * both), "a core each"
+    assert ended[3] == pytest.approx(10 * both + 10 * seconds("decode", 1.0))
+    assert one.together == pytest.approx(one.busy)
+    assert (third.together, one.beside) == (0.0, 0.0)
+
+
+def test_a_prefill_job_leaves_decode_jobs_the_cores_that_it_does_not_have() -> None:
+    executor = Executor(COSTS, 1, units=2, decode_lanes=2)
+    prefill, one, other = work(1, "prefill", 0.3), work(2, "decode", steps=50), work(3, "decode", steps=50)
+    other.name = "n"
+    for each in (prefill, one, other):
+        executor.start(each)
+    executor.advance(min(executor.next_end(), 1e-3))
+    assert (prefill.had, one.had) == (0.5, 0.5), "a core each, whatever the shares"
+    assert other.began < 0, "there is no third core"
+    run(executor)
+    assert other.done == pytest.approx(50)
+    assert prefill.beside == pytest.approx(prefill.busy)
+
+
+def test_one_core_is_shared_by_time() -> None:
+    executor = Executor(COSTS, 1, units=1)
+    prefill, decode = work(1, "prefill", 0.9), work(2, "decode", 0.1, steps=10_000)
+    executor.start(prefill)
+    executor.start(decode)
+    assert executor.next_end() == pytest.approx(seconds("prefill", 0.5), rel=0.3)

@@ -40,6 +40,8 @@ TOKENS = range(100, 200)
 """Token ids that prompts are made of: every vocabulary has them."""
 WHOLE, BESIDE = "100", "50"
 """Shares of the mesh that the table tells apart, in percent."""
+MOST = 4096
+"""Prompt tokens of a cell; larger ones take long, and follow from those below."""
 TINY = 2
 """Tokens of a prompt whose prefill takes as long as a decode step."""
 LONE = 15
@@ -57,7 +59,7 @@ class Wanted:
     """What to measure."""
 
     contexts: Mapping[str, int]
-    """Most tokens of each model; what does not fit is -1."""
+    """Most tokens of each model; what does not fit, or is more than `MOST`, is -1."""
     batches: Sequence[int]
     lengths: Sequence[int]
     repeat: int
@@ -96,8 +98,9 @@ def describe(admin: str) -> dict[str, int]:
         workers = stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=5).workers
         units = {worker.compute_units if worker.device == "cpu" else 0 for worker in workers}
         slots = {model.shape.slots for worker in workers for model in worker.models}
-        if len(units) == 1 and len(slots) == 1:
-            return {"compute_units": units.pop(), "slots": slots.pop()}
+        lanes = {sum(each.kind != "prefill" for each in worker.executors) for worker in workers}
+        if len(units) == len(slots) == len(lanes) == 1:
+            return {"compute_units": units.pop(), "slots": slots.pop(), "decode_lanes": max(1, lanes.pop())}
     typer.echo(f"{admin} does not say how many cores and slots there are, or they differ", err=True)
     return {}
 
@@ -142,7 +145,7 @@ class Bench:
         """Milliseconds by length."""
         found = {}
         for length in self._wanted.lengths:
-            fits = length + STEPS + 1 <= self._wanted.contexts[model]
+            fits = length + STEPS + 1 <= self._wanted.contexts[model] and batch * length <= MOST
             prefill, step = await self._cell(model, batch, length, way) if fits else (-1.0, -1.0)
             found[str(length)] = {"prefill": prefill, "decoding": step}
         return found

@@ -37,6 +37,8 @@ class SimOptions:
     """On a request's way, beside its jobs."""
     compute_units: int = 0
     """What shares are made of; 0: any share can be had."""
+    decode_lanes: int = 1
+    """Decode jobs of different models that a unit runs side by side."""
     patience: float = 120.0
     """Seconds after the last arrival when the simulation ends, whatever is left."""
     checked: bool = False
@@ -195,4 +197,5 @@ class _Cluster:
             self._options.ahead,
             lambda request: None,
             self._options.compute_units,
+            self._options.decode_lanes,
         )

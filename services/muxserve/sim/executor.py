@@ -1,14 +1,17 @@
-"""`Executor`: a mesh that runs at most one prefill and one decode job at a time, as a worker does.
+"""`Executor`: a mesh that runs prefill and decode jobs beside each other, as a worker does.
 
-Each kind has a lane: jobs run in the order in which they were sent. A job alone has all of the mesh; beside
-one of the other kind it has its share, and both feel what `contention` says. A decode job is one event, not
-one per step: its progress is counted in steps, and its speed changes when a neighbour comes or goes. Where a
-share is made of whole units, such as cores, two jobs have them in proportion and at least one each.
+Prefill jobs run one at a time, in the order in which they were sent; so do decode jobs, but on a device with
+several decode lanes as many of different models run at once. A job alone has all of the mesh; beside others
+it has its share, and all feel what `contention` says. Where a share is made of whole units, such as cores,
+both kinds have them in proportion to their shares, decode jobs equal parts of theirs, and every job at least
+one. A decode job is one event, not one per step: its progress is counted in steps, and its speed changes when
+a neighbour comes or goes.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,6 +45,8 @@ class Work:
     """Seconds that it has run for."""
     beside: float = 0.0
     """Of these, those beside a job of the other kind."""
+    together: float = 0.0
+    """Of these, those of a decode job beside one of another model."""
     began: float = -1.0
     ending: bool = False
     alone: float = 0.0
@@ -60,12 +65,14 @@ class Executor:
     degree: int
     units: int = 0
     """What shares are made of; 0: any share can be had."""
+    decode_lanes: int = 1
+    """Decode jobs of different models that run at once."""
     lanes: dict[JobKind, deque[Work]] = field(default_factory=lambda: {"prefill": deque(), "decode": deque()})
     now: float = 0.0
     busy: float = 0.0
     """Seconds in which anything ran."""
-    _speed: dict[JobKind, float] = field(default_factory=dict)
-    """Steps per second of the jobs that run."""
+    _speed: list[tuple[Work, float]] = field(default_factory=list)
+    """The jobs that run, and their steps per second."""
     _due: bool = False
     """Whether speeds are to be worked out again."""
 
@@ -83,60 +90,77 @@ class Executor:
 
     def next_end(self) -> float:
         """When a job ends next, if nothing else happens. Infinity: none runs."""
-        speeds = self._speeds()
         return min(
-            (
-                self.now + max(0.0, self.lanes[kind][0].steps - self.lanes[kind][0].done) / speed
-                for kind, speed in speeds.items()
-            ),
+            (self.now + max(0.0, work.steps - work.done) / speed for work, speed in self._speeds()),
             default=float("inf"),
         )
 
     def advance(self, now: float) -> list[Work]:
         """Let time pass until `now`, no later than `next_end()`; the jobs that have ended, in order."""
         elapsed = now - self.now
-        speeds = self._speeds()
-        if elapsed > 0:
-            for kind, speed in speeds.items():
-                work = self.lanes[kind][0]
+        running = self._speeds()
+        if elapsed > 0 and running:
+            decoding = sum(work.kind == "decode" for work, _ in running)
+            for work, speed in running:
                 work.done += speed * elapsed
                 work.busy += elapsed
-                work.beside += elapsed if len(speeds) == 2 else 0.0
-            self.busy += elapsed if speeds else 0.0
+                others = decoding if work.kind == "prefill" else len(running) - decoding
+                work.beside += elapsed if others else 0.0
+                work.together += elapsed if work.kind == "decode" and decoding > 1 else 0.0
+            self.busy += elapsed
         self.now = now
-        ended = []
-        for lane in self.lanes.values():
-            while lane and lane[0].done >= lane[0].steps - 1e-7:
-                ended.append(lane.popleft())
-                self._due = True
+        ended = [work for work, _ in running if work.done >= work.steps - 1e-7]
+        for work in ended:
+            self.lanes[work.kind].remove(work)
+            self._due = True
         return ended
 
-    def _speeds(self) -> dict[JobKind, float]:
+    def _speeds(self) -> list[tuple[Work, float]]:
         if self._due:
             self._due = False
-            heads = [lane[0] for lane in self.lanes.values() if lane]
-            for work in heads:
+            prefill = next(iter(self.lanes["prefill"]), None)
+            decoding = self._decoding(prefill)
+            running = decoding if prefill is None else [prefill, *decoding]
+            for work in running:
                 if work.began < 0:
                     work.began = self.now
-            if len(heads) == 1:
-                self._speed = {heads[0].kind: 1 / self._alone(heads[0])}
+            if len(running) == 1:
+                self._speed = [(running[0], 1 / self._alone(running[0]))]
             else:
-                self._speed = self._together(*heads) if heads else {}
+                self._speed = self._together(running, self._shares(prefill, decoding))
         return self._speed
 
-    def _together(self, one: Work, other: Work) -> dict[JobKind, float]:
-        first, second = self._divide(one.share, other.share)
-        slower = slowdown(self._felt(one, first), self._felt(other, second))
-        return {work.kind: 1 / (work.shared * slower) for work in (one, other)}
+    def _decoding(self, prefill: Work | None) -> list[Work]:
+        """The decode jobs that run: those sent first, one of each model, as many as there are lanes."""
+        room = self.decode_lanes
+        if prefill is not None and room > 1:
+            # Two jobs on one core would only be in each other's way.
+            room = max(1, min(room, self.units - self._threads(prefill.share, 1 - prefill.share)))
+        chosen: dict[str, Work] = {}
+        for work in self.lanes["decode"]:
+            if len(chosen) < room:
+                chosen.setdefault(work.name, work)
+        return list(chosen.values())
 
-    def _divide(self, one: float, other: float) -> tuple[float, float]:
-        """The shares that two jobs have."""
+    def _threads(self, prefill: float, decode: float) -> int:
+        """Units of a prefill job beside decode jobs."""
+        return max(1, min(self.units - 1, round(self.units * prefill / (prefill + (decode or prefill)))))
+
+    def _shares(self, prefill: Work | None, decoding: Sequence[Work]) -> list[float]:
+        """Of the jobs that run, the prefill job first."""
         if not self.units:
-            return one, other
+            return [work.share for work in ([prefill] if prefill else []) + list(decoding)]
+        if prefill is None:
+            return [max(1, self.units // len(decoding)) / self.units for _ in decoding]
         if self.units == 1:
-            return 0.5, 0.5
-        mine = max(1, min(self.units - 1, round(self.units * one / (one + other))))
-        return mine / self.units, (self.units - mine) / self.units
+            return [0.5] * (1 + len(decoding))
+        threads = self._threads(prefill.share, decoding[0].share) if decoding else self.units
+        rest = [max(1, (self.units - threads) // len(decoding)) / self.units for _ in decoding]
+        return [threads / self.units, *rest]
+
+    def _together(self, running: Sequence[Work], shares: Sequence[float]) -> list[tuple[Work, float]]:
+        slower = slowdown(*(self._felt(work, share) for work, share in zip(running, shares, strict=True)))
+        return [(work, 1 / (work.shared * slower)) for work in running]
 
     def _alone(self, work: Work) -> float:
         if not work.alone:

@@ -87,11 +87,12 @@ class Unit:
         ahead: int,
         finished: Callable[[Request], None],
         compute_units: int = 0,
+        decode_lanes: int = 1,
     ) -> None:
         """`models` with the rates that are expected here. `ahead`: most requests of a model that wait here
         and not in its queue. `finished` is told of requests that are over."""
         self.policy = policy
-        self.executor = Executor(costs, degree, compute_units)
+        self.executor = Executor(costs, degree, compute_units, decode_lanes)
         self.total = kv_bytes // BLOCK_BYTES
         self.available = self.total
         self.models = {model.name: _books(model, rate, slots) for model, rate in sorted(models, key=_name)}
@@ -163,7 +164,7 @@ class Unit:
     def _snapshot(self) -> Snapshot:
         models = tuple(books.seen or self._look(name, books) for name, books in self.models.items())
         jobs = tuple(self._job(job.work) for job in self.jobs.values())
-        return Snapshot(models, Pool(self.total, self.available), jobs)
+        return Snapshot(models, Pool(self.total, self.available), jobs, self.executor.decode_lanes)
 
     def _look(self, name: str, books: Books) -> ModelSnapshot:
         books.seen = ModelSnapshot(
@@ -331,6 +332,7 @@ class Unit:
                 context=job.context,
                 beside=work.beside / work.busy,
                 tenants={"": tokens},
+                together=work.together / work.busy,
             )
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from muxserve.placement.solver.cost import CostError, parse_costs
+from muxserve.placement.solver.cost import CostError, Service, parse_costs
 from muxserve.placement.solver.roofline import Costs, Roofline
 from muxserve.placement.solver.shapes import SHAPES
 from tests.placement.solver.inputs import BATCHES, COSTS, LENGTHS, table_document
@@ -119,3 +119,15 @@ def test_shapes_have_the_sizes_that_their_names_promise() -> None:
     for name, size in sizes.items():
         assert SHAPES[name].parameters == pytest.approx(size, rel=0.01)
     assert SHAPES["llama-7b"].kv_bytes == 512 * 1024
+
+
+def test_a_table_may_say_what_the_service_adds() -> None:
+    cells = {"1": {"100": {"1": {"16": {"prefill": 10, "decoding": 5}}}}}
+    assert parse_costs({"m": cells}).service == Service()
+    said = {"request_seconds": 0.01, "compute_units": 2, "slots": 64, "decode_lanes": 2}
+    costs = parse_costs({"$service": said, "m": cells})
+    assert costs.service == Service(0.01, 2, 64, 2)
+    assert costs.models == ["m"]
+    for wrong in ({"speed": 1}, {"slots": -1}, {"slots": "many"}, {"slots": True}, 3):
+        with pytest.raises(CostError, match=r"\$service"):
+            parse_costs({"$service": wrong, "m": cells})

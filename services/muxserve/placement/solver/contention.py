@@ -30,7 +30,7 @@ def bandwidth_use(
     return min(1.0, moved / degree / (bandwidth * max(seconds, 1e-9)))
 
 
-def slowdown(one: Beside, other: Beside) -> float:
-    """By what both take longer: where their shares overlap they take turns on the SMs, and together they
+def slowdown(*jobs: Beside) -> float:
+    """By what all take longer: where their shares overlap they take turns on the SMs, and together they
     cannot move more bytes than the memory does."""
-    return max(1.0, one.share + other.share, one.bandwidth + other.bandwidth)
+    return max(1.0, sum(job.share for job in jobs), sum(job.bandwidth for job in jobs))

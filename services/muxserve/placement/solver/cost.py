@@ -48,6 +48,8 @@ class Service:
     be had."""
     slots: int = 0
     """Sequences of a model that a unit runs at once. 0: not known."""
+    decode_lanes: int = 1
+    """Decode jobs of different models that run side by side."""
 
 
 class CostModel(Protocol):
@@ -183,8 +185,8 @@ def parse_costs(document: Any) -> TableCosts:
 def _service(document: Any) -> Service:
     if not isinstance(document, dict) or SERVICE not in document:
         return Service()
-    known = {"request_seconds": float, "compute_units": int, "slots": int}
-    found = {}
+    known = {"request_seconds": float, "compute_units": int, "slots": int, "decode_lanes": int}
+    found: dict[str, Any] = {}
     for key, value in _items(document[SERVICE], SERVICE):
         if key not in known:
             raise CostError(f"{SERVICE}: unknown field {key!r}; known are {', '.join(known)}")
