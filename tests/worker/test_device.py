@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from muxserve.engine import loader
 from muxserve.engine.cuda.runtime import DeviceError, cuda_runtime
@@ -127,6 +128,23 @@ async def test_weights_that_the_device_has_no_room_for_are_refused(
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         fake.free(taken)
         await harness.load("llama", llama)
+
+
+async def test_weights_come_back_from_their_copy_on_the_host(
+    gpu: MakeDevice, fake: FakeRuntime, llama: Path, qwen: Path
+) -> None:
+    """The executor compares them with the checkpoint."""
+    async with running_worker(gpu, weight_host_budget=8 * MIB, **GPU) as harness:
+        kept = []
+        for _ in range(2):
+            with capture_logs() as logs:
+                await harness.load("llama", llama)
+            kept += [entry["from_cache"] for entry in logs if entry["event"] == "weights loaded"]
+            async with harness.stream() as stream:
+                assert await stream.generate("llama", [PROMPT], 20) == [text(llama, PROMPT, 20)]
+            await harness.unload("llama")
+            assert fake.memGetInfo()[0] == 60 * MIB
+        assert kept == [False, True]
 
 
 async def test_a_checkpoint_that_turns_out_broken_leaves_no_memory_behind(

@@ -79,3 +79,47 @@ async def test_where_weights_are_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert kept == WeightCacheOptions(tmp_path, 5 * 10**9)
     assert WorkerSettings(id="w", weight_cache_limit=0).kept_weights is None
     assert WorkerSettings(id="w", weight_cache=None).kept_weights is None
+
+
+class Loads:
+    """Loads one checkpoint after the other into one store, and tells what came from where."""
+
+    def __init__(self, host_budget: int) -> None:
+        self.store = WeightStore(
+            LIMIT, threads=1, timeout=60.0, memories=SharedMemories(host_budget=host_budget)
+        )
+
+    async def __call__(self, path: Path) -> tuple[bytes, bool]:
+        """What is in memory, and whether it was kept there."""
+        with capture_logs() as logs:
+            found = await self.store.inspect(str(path), "auto")
+            (fd,) = (await self.store.acquire("model", str(path), found)).descriptors
+            content = os.pread(fd, found.bytes + 1, 0)
+            await self.store.release(found)
+        assert self.store.used == 0
+        return content, any(entry["event"] == "weights kept in memory" for entry in logs)
+
+
+async def test_released_weights_come_back_from_host_memory(tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path / "a")
+    load = Loads(LIMIT)
+    first, kept = await load(path)
+    assert not kept
+    assert await load(path) == (first, True)
+    assert await Loads(0)(path) == (first, False)
+    # A checkpoint that has changed is another one.
+    make_model("llama", tmp_path / "a", seed=5)
+    changed, kept = await load(path)
+    assert not kept and changed != first
+
+
+async def test_what_was_not_used_for_longest_makes_room_in_host_memory(tmp_path: Path) -> None:
+    paths = [make_model("llama", tmp_path / f"{seed}", seed=seed) for seed in range(3)]
+    size = (await Loads(0).store.inspect(str(paths[0]), "auto")).bytes
+    load = Loads(2 * size)
+    await load(paths[0])
+    await load(paths[1])
+    assert (await load(paths[0]))[1]
+    assert not (await load(paths[2]))[1]
+    assert (await load(paths[0]))[1]
+    assert not (await load(paths[1]))[1]

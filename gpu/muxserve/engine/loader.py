@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None, runtime: CudaRuntime | None = None) 
     memory.add_argument("--fd", type=int, help="the memfd, inherited, all zero")
     memory.add_argument("--handle", type=bytes.fromhex, help="cudaIpcMemHandle of the memory, in hexadecimal")
     parser.add_argument("--device", type=int, default=0, help="the GPU that the handle is for")
+    parser.add_argument("--copy", type=int, help="with --handle: a memfd that holds, or is to get, the same")
+    parser.add_argument("--copied", action="store_true", help="it holds them: the file is not read")
     parser.add_argument("--threads", type=int, default=2, help="threads that convert")
     parser.add_argument("--cache", type=Path, help="directory in which weights made from GGUF files are kept")
     parser.add_argument("--cache-limit", type=int, default=2**35, help="bytes of all files of the cache")
@@ -54,16 +56,23 @@ def main(argv: Sequence[str] | None = None, runtime: CudaRuntime | None = None) 
 
 def _fill_device(arguments: argparse.Namespace, runtime: CudaRuntime | None) -> int:
     from muxserve.engine.checkpoint import CheckpointError, open_checkpoint
-    from muxserve.engine.cuda.filling import fill
+    from muxserve.engine.cuda.filling import HostCopy, fill
     from muxserve.engine.cuda.runtime import DeviceError
     from muxserve.engine.cuda.weights import DeviceWeights
+    from muxserve.engine.weights import map_memory
 
     try:
         checkpoint = open_checkpoint(arguments.path, arguments.dtype)
         manifest = checkpoint.manifest()
         weights = DeviceWeights.attach(arguments.handle, manifest, arguments.device, runtime)
         try:
-            fill(checkpoint, weights.memory, arguments.threads)
+            copy = None
+            if arguments.copy is not None:
+                copy = HostCopy(map_memory(arguments.copy, checkpoint.weight_bytes()))
+            if copy is not None and arguments.copied:
+                fill(copy, weights.memory, arguments.threads)
+            else:
+                fill(checkpoint, weights.memory, arguments.threads, copy=copy)
         finally:
             weights.release()
     except (CheckpointError, OSError) as error:
@@ -71,6 +80,7 @@ def _fill_device(arguments: argparse.Namespace, runtime: CudaRuntime | None) -> 
     except DeviceError as error:
         _say(field=error.field, reason=error.reason)
         return 3
+    _say(kept=arguments.copied)
     return 0
 
 

@@ -32,6 +32,11 @@ def weights_memfd(size: int) -> int:
     return fd
 
 
+def map_memory(fd: int, size: int) -> NDArray[np.uint8]:
+    """uint8 `[size]` over the shared mapping of `fd`, writable; `fd` may be closed at once."""
+    return np.frombuffer(mmap.mmap(fd, size), np.uint8)
+
+
 def map_weights(fd: int, manifest: Iterable[TensorEntry]) -> dict[str, Array]:
     """Read-only arrays over the shared mapping of `fd`, by name: no copy. bfloat16 comes as uint16.
 

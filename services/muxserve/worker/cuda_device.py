@@ -49,7 +49,7 @@ class CudaDevice:
         self._index = cuda_index(settings.device)
         self._runtime = cuda.runtime or cuda_runtime()
         self.executor = cuda.executor
-        self.memories = DeviceMemories(self._index, self._runtime, cuda.loader)
+        self.memories = DeviceMemories(self._index, self._runtime, cuda.loader, settings.host_budget)
         self.arena = CudaArena.create(
             int(settings.arena), int(settings.block_bytes), self._index, self._runtime
         )
@@ -80,6 +80,7 @@ class CudaDevice:
     async def stop(self) -> None:
         if self._daemon is not None:
             await asyncio.to_thread(self._daemon.stop)
+        self.memories.close()
         self.arena.close()
 
     def room(self) -> int:

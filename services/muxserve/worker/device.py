@@ -64,11 +64,12 @@ class CpuDevice:
             *(("decode", {}) for _ in range(decode)),
         )
         self.arena = SharedArena.create(int(settings.arena), int(settings.block_bytes))
-        self.memories = SharedMemories(settings.kept_weights)
+        self.memories = SharedMemories(settings.kept_weights, host_budget=settings.host_budget)
 
     async def start(self) -> None: ...
 
     async def stop(self) -> None:
+        self.memories.close()
         self.arena.close()
 
     def room(self) -> int:

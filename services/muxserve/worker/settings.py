@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from muxserve.common.settings import Bytes, ServiceSettings
+from muxserve.engine.memory import available_memory
 from muxserve.engine.shares import cuda_index, detect
 from muxserve.worker.weight_memory import WeightCacheOptions
 
@@ -48,6 +49,10 @@ class WorkerSettings(ServiceSettings):
     """Sequences of one model that can be open at once."""
     weight_budget: Bytes | None = None
     """Bytes that weights may take in all. Absent: 90% of what is available once the arena is full."""
+    weight_host_budget: ByteSize | None = Field(None, ge=0)
+    """Bytes of weights that are kept in host memory when their models are unloaded, so that they come back
+    without a file being read. Absent: on a GPU a quarter of what is available at the start; on cpu 0, since
+    there host memory is what weights are loaded into, and to keep them is not to unload them."""
     weight_cache: Path | None = Field(default_factory=_user_cache)
     """Directory in which weights made from GGUF files are kept, so that they are dequantised once. Absent:
     muxserve/weights in the user's cache directory. Workers may share it."""
@@ -98,6 +103,13 @@ class WorkerSettings(ServiceSettings):
         if self.weight_cache is None or not self.weight_cache_limit:
             return None
         return WeightCacheOptions(self.weight_cache.expanduser().absolute(), int(self.weight_cache_limit))
+
+    @property
+    def host_budget(self) -> int:
+        """`weight_host_budget`, resolved."""
+        if self.weight_host_budget is not None:
+            return int(self.weight_host_budget)
+        return 0 if self.device == "cpu" else available_memory() // 4
 
     @property
     def threads(self) -> int:

@@ -64,7 +64,8 @@ class WeightStore:
         if entry is None:
             self._check_budget(model, weights)
             memory = self._memories.create(model, weights)
-            filling = asyncio.create_task(self._fill(model, path, weights, memory), name=f"load-{model}")
+            work = _kept(model) if memory.full else self._fill(model, path, weights, memory)
+            filling = asyncio.create_task(work, name=f"load-{model}")
             entry = self._entries[weights.fingerprint] = _Entry(memory, weights.bytes, 0, filling)
         entry.users += 1
         try:
@@ -120,7 +121,7 @@ class WeightStore:
         arguments += memory.loader_arguments()
         errors = os.memfd_create("muxserve-loader-errors", os.MFD_CLOEXEC)
         try:
-            child = Child(module, arguments, pass_fds=memory.descriptors, stderr=errors)
+            child = Child(module, arguments, pass_fds=memory.inherited, stderr=errors)
             size = f"{weights.bytes / MIB:.0f} MiB"
             log.info("loading weights", model=model, size=size, dtype=weights.spec.dtype, pid=child.pid)
             code = await self._wait(child, model, memory)
@@ -130,6 +131,7 @@ class WeightStore:
         lines = said.decode(errors="replace").strip().splitlines()
         if code != 0:
             raise _load_error(code, lines)
+        memory.filled()
         reports = [report for line in lines if (report := _report(line))]
         for warning in (report["warning"] for report in reports if "warning" in report):
             log.warning("weight cache", model=model, reason=warning)
@@ -149,6 +151,11 @@ class WeightStore:
         finally:
             waiting.cancel()
             await child.end(grace=0.0)
+
+
+async def _kept(model: str) -> None:
+    """They are there."""
+    log.info("weights kept in memory", model=model)
 
 
 def _report(line: str) -> dict[str, object]:
