@@ -155,9 +155,14 @@ def test_a_deployment_is_profiled(tmp_path: Path) -> None:
         done = cluster.cli(
             *("profile", "--output", str(table), "--repeat", "1"),
             *("--batch", "1", "--batch", "2", "--length", "16", "--length", "64"),
+            *("--admin", cluster.admin),
         )
     assert done.returncode == 0, done.stderr
     costs = read_costs(table)
     assert costs.models == ["tiny"]
     assert costs.prefill("tiny", 1, 1.0, 2, 64) > 0
     assert costs.decode("tiny", 1, 1.0, 2, 64) > 0
+    assert costs.shares("tiny", 1) == [0.5, 1.0]
+    assert costs.decode("tiny", 1, 0.5, 2, 64) >= costs.decode("tiny", 1, 1.0, 2, 64)
+    assert (costs.service.compute_units, costs.service.slots) == (1, 64)
+    assert 0 < costs.service.request_seconds < 1

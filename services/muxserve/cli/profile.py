@@ -154,13 +154,15 @@ class Bench:
         """The same grid with times beside jobs of the other kind."""
         batches = sorted(self._wanted.batches)
         looked = sorted({batches[0], batches[len(batches) // 2], batches[-1]})
-        length = str(max(n for n in self._wanted.lengths if alone[str(batches[0])][str(n)]["decoding"] > 0))
-        factors = {}
+        known = [n for n in sorted(self._wanted.lengths) if alone[str(batches[0])][str(n)]["decoding"] > 0]
+        factors: dict[int, tuple[float, float]] = {}
         for batch in batches:
-            if batch in looked:
-                step = alone[str(batch)][length]["decoding"] / 1e3
-                factors[batch] = await self._factors(model, batch, int(length), step)
+            if batch in looked and known:
+                step = alone[str(batch)][str(known[0])]["decoding"] / 1e3
+                factors[batch] = await self._factors(model, batch, known[-1], step)
             advance()
+        if not factors:
+            return alone
         slower = statistics.median(prefill for prefill, _ in factors.values())
         return {
             str(batch): {
