@@ -16,7 +16,7 @@ from muxserve.v1 import admin_pb2
 
 log = structlog.get_logger(__name__)
 
-POLL = 0.3
+POLL = 0.1
 """Seconds between looks at the placement's epoch."""
 
 _MODEL = b"model:"

@@ -21,6 +21,8 @@ log = structlog.get_logger(__name__)
 
 QUICK, SLOW = 0.1, 0.3
 """Seconds between rounds, while something sleeps and otherwise."""
+NOTICED = 0.2
+"""Seconds that a wait is longer than the load: until it is noticed who waits, and that it is loaded."""
 RETRY = 1.0
 """Seconds after which a worker is asked again that did not say what its weights may take."""
 START, BANDWIDTH = 0.5, 0.5e9
@@ -121,7 +123,7 @@ class Keeper:
         for model, place in plan.places():
             room = rooms.get((model.name, place.worker))
             if place.state == ASLEEP and room is not None:
-                wait = round(self._load_seconds(plan, place) + QUICK, 2)
+                wait = round(self._load_seconds(plan, place) + NOTICED, 2)
                 place.expected_wait = math.inf if math.isinf(room) else wait
                 place.room_at = _coarsely(place.room_at, room, view.now)
                 continue
