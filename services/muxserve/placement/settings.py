@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from muxserve.common.config import Models
 from muxserve.common.settings import ServiceSettings
@@ -42,3 +42,9 @@ class PlacementSettings(ServiceSettings):
     rebalance_rest: float = Field(20.0, ge=0, allow_inf_nan=False)
     """Seconds for which a model is left where it is after it was moved; six times as long if it was moved by
     hand, or could not be moved."""
+
+    @field_validator("rebalance", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML takes a bare `off` for false."""
+        return "off" if value is False else value

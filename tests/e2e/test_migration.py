@@ -1,0 +1,189 @@
+"""Models move between two real workers while they stream: whoever dies, nothing is lost or comes twice.
+
+Texts are greedy, with no near tie: what is recomputed differs in the last bits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from redis.asyncio import Redis
+
+from muxserve.client import AsyncAdminClient, AsyncClient, FailedPrecondition, Move, Status, Unavailable
+from muxserve.common.documents import PlacementStore
+from muxserve.v1 import admin_pb2
+from tests.e2e.conftest import Cluster, running
+from tests.engine.model_factory import make_model
+
+STREAMS, TOKENS = 4, 900
+NEAR_TIE = 5e-5
+"""Between log-probabilities: more than what float32 makes of another order of additions."""
+PHASES = ["LOADING", "HANDING_OVER", "DRAINING", "UNLOADING"]
+QUICK = {("source", "HANDING_OVER"), ("target", "HANDING_OVER"), ("placement", "UNLOADING")}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two workers and two models, one on each."""
+    folder = tmp_path_factory.mktemp("pair")
+    path = make_model(
+        "qwen3", folder / "tiny", head_dim=80, heads=8, kv_heads=2, layers=6, context=2048, seed=3
+    )
+    models = [part for name in "ab" for part in ("--model", f"{name}={path},dtype=float32")]
+    more = ("--arena", "512MiB", "--workers", "2", "--set", "placement.rebalance=off")
+    with running(folder, *models, *more) as up:
+        yield up
+
+
+async def where(admin: AsyncAdminClient, model: str) -> list[str]:
+    """The workers that a model is on."""
+    units = (await admin.placement()).units
+    return [unit.worker_id for unit in units for each in unit.models if each.config.name == model]
+
+
+async def settle(cluster: Cluster) -> None:
+    """Wait until both models are ready, each in one place, and no worker holds blocks."""
+    async with AsyncAdminClient(cluster.admin) as admin, asyncio.timeout(60):
+        while not _settled(await _status(admin)):  # noqa: ASYNC110 (it is in other processes)
+            await asyncio.sleep(0.1)
+
+
+async def _status(admin: AsyncAdminClient) -> Status | None:
+    try:
+        return await admin.status()
+    except Unavailable:  # it was killed
+        return None
+
+
+def _settled(status: Status | None) -> bool:
+    if status is None or status.placement.migration is not None or len(status.workers) != 2:
+        return False
+    placed = [each for unit in status.placement.units for each in unit.models]
+    ready = sorted((each.config.name, str(each.state)) for each in placed) == [("a", "ready"), ("b", "ready")]
+    pools = [worker.pool for worker in status.workers]
+    assert not any(pool.integrity_error for pool in pools)
+    return ready and all(pool.free_blocks + pool.cached_blocks == pool.total_blocks for pool in pools)
+
+
+async def stream(client: AsyncClient, number: int, begun: asyncio.Event | None = None) -> tuple[int, ...]:
+    """The tokens of an answer; `begun` is set once it is under way."""
+    tokens: list[int] = []
+    answer = client.stream(
+        "a", f"prompt {number}", max_tokens=TOKENS, temperature=0, ignore_eos=True, timeout=600
+    )
+    async with answer:
+        async for chunk in answer:
+            tokens += chunk.token_ids
+            if begun is not None and len(tokens) >= 8:
+                begun.set()
+    return tuple(tokens)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pair: Cluster) -> list[tuple[int, ...]]:
+    async def run() -> list[tuple[int, ...]]:
+        async with AsyncClient(pair.gateway) as client:
+            texts = await asyncio.gather(
+                *(
+                    client.generate(
+                        "a", f"prompt {n}", max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=2
+                    )
+                    for n in range(STREAMS)
+                )
+            )
+        for text in texts:
+            gaps = [each.top[0].logprob - each.top[1].logprob for each in text.logprobs or ()]
+            assert min(gaps) > NEAR_TIE and len(set(text.token_ids)) > TOKENS / 10
+        return [tuple(text.token_ids) for text in texts]
+
+    return asyncio.run(run())
+
+
+async def during(
+    cluster: Cluster, drain_seconds: float, kill: tuple[str, str] | None = None
+) -> list[tuple[int, ...]]:
+    """Streams, and a migration while they run. `kill`: a victim, and the phase in which it dies."""
+    async with (
+        AsyncClient(cluster.gateway) as client,
+        AsyncAdminClient(cluster.admin) as admin,
+        asyncio.TaskGroup() as tasks,
+    ):
+        (source,) = await where(admin, "a")
+        target = "worker-1" if source == "worker-0" else "worker-0"
+        begun = [asyncio.Event() for _ in range(STREAMS)]
+        streams = [tasks.create_task(stream(client, n, begun[n])) for n in range(STREAMS)]
+        await asyncio.gather(*(event.wait() for event in begun))
+        if kill is not None:
+            victim = {"source": source, "target": target, "placement": "placement-0"}[kill[0]]
+            pid = next(each.pid for each in (await admin.status()).services if each.id == victim)
+            tasks.create_task(_kill(cluster, pid, kill[1]))
+        try:
+            async for _ in admin.rebalance([Move("a", target)], drain_seconds=drain_seconds):
+                pass
+        except Unavailable:
+            assert kill is not None and kill[0] == "placement"
+        return list(await asyncio.gather(*streams))
+
+
+async def _kill(cluster: Cluster, pid: int, phase: str) -> None:
+    """Kill a process as soon as the migration is in that phase."""
+    valkey = next(c for c in psutil.Process(cluster.process.pid).children() if "valkey" in c.name())
+    listening = valkey.net_connections("tcp")
+    redis = Redis(port=next(each.laddr.port for each in listening if each.status == psutil.CONN_LISTEN))
+    wanted = admin_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{phase}")
+    async with redis:
+        while (await PlacementStore(redis).read()).migration.phase != wanted:
+            pass
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.timeout(240)
+async def test_a_stream_goes_on_where_its_model_has_gone(
+    pair: Cluster, undisturbed: list[tuple[int, ...]]
+) -> None:
+    async with AsyncAdminClient(pair.admin) as admin:
+        before = await where(admin, "a")
+        assert await during(pair, 0.0) == undisturbed
+        assert await where(admin, "a") != before
+    await settle(pair)
+
+
+@pytest.mark.parametrize(
+    ("victim", "phase"),
+    [
+        pytest.param(victim, phase, marks=() if (victim, phase) in QUICK else pytest.mark.slow)
+        for victim, phase in itertools.product(["source", "target", "placement"], PHASES)
+    ],
+)
+@pytest.mark.timeout(240)
+async def test_streams_survive_a_kill_in_any_phase(
+    pair: Cluster, undisturbed: list[tuple[int, ...]], victim: str, phase: str
+) -> None:
+    assert await during(pair, 0.2, (victim, phase)) == undisturbed
+    await settle(pair)
+
+
+@pytest.mark.timeout(240)
+async def test_a_worker_is_drained_under_load(pair: Cluster, undisturbed: list[tuple[int, ...]]) -> None:
+    async with AsyncClient(pair.gateway) as client, AsyncAdminClient(pair.admin) as admin:
+        (source,) = await where(admin, "a")
+        begun = [asyncio.Event() for _ in range(STREAMS)]
+        running = [asyncio.create_task(stream(client, n, begun[n])) for n in range(STREAMS)]
+        await asyncio.gather(*(event.wait() for event in begun))
+        events = [event async for event in admin.drain(source, drain_seconds=0.2)]
+        assert (events[-1].held_blocks, events[-1].models_left) == (0, 0)
+        later = await stream(client, 0)
+        assert [*await asyncio.gather(*running), later] == [*undisturbed, undisturbed[0]]
+        (other,) = await where(admin, "a")
+        assert other != source and await where(admin, "b") == [other]
+        with pytest.raises(FailedPrecondition, match="nowhere to go"):
+            _ = [event async for event in admin.drain(other)]
+        await admin.undrain(source)
+        _ = [event async for event in admin.rebalance([Move("b", source)])]
+    await settle(pair)
