@@ -140,7 +140,7 @@ class Reports:
 
     def on_done(self, done: worker_pb2.JobDone) -> None:
         """A job has ended, one way or another."""
-        job = self._seats.end(done.job)
+        job = self._seats.end(done.job, done.steps, done.seconds)
         if job is None or not self._goes_on(job, done):
             self._owner.ask_turn()
         if job is None:

@@ -7,6 +7,7 @@ to write, so the books follow from what was sent and what came back.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from muxserve.v1 import common_pb2, worker_pb2
 Send = Callable[[worker_pb2.JobsRequest], None]
 
 LEAD = 4
+LEAD_SECONDS = 0.02
 """Steps before a decode job's end when the job that is to follow it is decided on, so that it is at the
-worker in time."""
+worker in time: as many as take so long, and so many at most. What joins the batch meanwhile has to wait for
+that job's end, too."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +49,8 @@ class Job:
     """Whether its lease was ended."""
     ordered: float = 0.0
     """Loop time at which it was sent."""
+    lead: int = 1
+    """Decode: steps before its end when the next one is decided on."""
     context: int = 0
     """Tokens before those that it computes, over all of its sequences, when it was sent."""
     tenants: Counter[str] = field(default_factory=Counter)
@@ -66,6 +71,8 @@ class Seats:
         self.jobs: dict[int, Job] = {}
         self._send: Send | None = None
         self._last = 0
+        self._step_seconds: dict[str, float] = {}
+        """By model, of its last decode job."""
 
     @property
     def connected(self) -> bool:
@@ -135,10 +142,13 @@ class Seats:
         )
         self.send(worker_pb2.JobsRequest(prefill=message))
 
-    def decode(self, order: DecodeJob, requests: Iterable[Request]) -> None:
+    def decode(self, order: DecodeJob, requests: Iterable[Request]) -> Job:
         """Send a decode job."""
         job = self._new_job("decode", order.model)
         job.steps = job.steps_left = order.steps
+        job.lead = min(
+            LEAD, math.ceil(LEAD_SECONDS / self._step_seconds.get(order.model, LEAD_SECONDS / LEAD))
+        )
         for request in requests:
             sequence = request.sequence
             assert sequence is not None, "the policy decodes what runs"
@@ -154,10 +164,11 @@ class Seats:
             sequences=job.members,
             steps=order.steps,
             share=order.share,
-            lead=LEAD,
+            lead=job.lead,
             borrow=order.borrow,
         )
         self.send(worker_pb2.JobsRequest(decode=message))
+        return job
 
     def end_lease(self, number: int) -> None:
         """End a decode job after the step that runs. A prefill job runs to its end."""
@@ -194,7 +205,7 @@ class Seats:
 
     def ends_soon(self, job: Job) -> bool:
         """Whether it is a decode job that will soon have run to its end, and no other waits to follow it."""
-        due = job.kind == "decode" and not job.ending and job.steps_left <= LEAD
+        due = job.kind == "decode" and not job.ending and job.steps_left <= job.lead
         return due and self.followed(job) is None
 
     def fresh(self, job: Job) -> bool:
@@ -221,12 +232,14 @@ class Seats:
         if sequence.jobs and self.jobs[sequence.jobs[0]].kind == "decode":
             self._withdraw(sequence)
 
-    def end(self, number: int) -> Job | None:
-        """A job has ended: its members are out of it, and those that were closed are gone. None: unknown
-        job."""
+    def end(self, number: int, steps: int, seconds: float) -> Job | None:
+        """A job has ended, after so many steps and seconds: its members are out of it, and those that were
+        closed are gone. None: unknown job."""
         job = self.jobs.pop(number, None)
         if job is None:
             return None
+        if job.kind == "decode" and steps and seconds > 0:
+            self._step_seconds[job.model] = seconds / steps
         for sequence in job.members.values():
             sequence.jobs.remove(number)
             if sequence.request is None and not sequence.jobs:

@@ -38,7 +38,7 @@ from muxserve.scheduler.policy.interface import (
 )
 from muxserve.scheduler.reports import Reports
 from muxserve.scheduler.requests import Clock, Event, Request
-from muxserve.scheduler.seats import LEAD, Seats, Send
+from muxserve.scheduler.seats import Seats, Send
 from muxserve.scheduler.tally import Tally
 from muxserve.v1 import admin_pb2, common_pb2, inference_pb2, scheduler_pb2, worker_pb2
 
@@ -385,8 +385,8 @@ class Unit:
                 self.seats.prefill(decision, [self._by_number[c.sequence] for c in decision.chunks])
             case DecodeJob():
                 self._tally.jobs["decode"] += 1
-                self.seats.decode(decision, [self._by_number[number] for number in decision.sequences])
-                if decision.steps <= LEAD:  # the job that is to follow may be sent at once
+                job = self.seats.decode(decision, [self._by_number[number] for number in decision.sequences])
+                if self.seats.ends_soon(job):  # the job that is to follow may be sent at once
                     self.ask_turn()
             case Preempt(number):
                 request = self._by_number[number]
