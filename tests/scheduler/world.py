@@ -106,8 +106,16 @@ class Job:
 class World:
     """Invariants are asserted wherever the books change."""
 
-    def __init__(self, policy: Policy, total: int, shapes: dict[str, Shape], lead: int = 2) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        total: int,
+        shapes: dict[str, Shape],
+        lead: int = 2,
+        decode_lanes: int = 1,
+    ) -> None:
         self.policy, self.total, self.shapes = policy, total, shapes
+        self.decode_lanes = decode_lanes
         self.lead = lead
         """Steps before a lease's end when the next one may be decided on."""
         self.requests: dict[int, Request] = {}
@@ -171,7 +179,7 @@ class World:
             )
             for job in self.jobs.values()
         )
-        return Snapshot(tuple(models), Pool(self.total, self.available), jobs, lanes=1)
+        return Snapshot(tuple(models), Pool(self.total, self.available), jobs, self.decode_lanes)
 
     def ends_soon(self, job: Job) -> bool:
         """Whether it is a lease near its end that none follows."""

@@ -16,7 +16,7 @@ from muxserve.scheduler.policy.latency import Latency
 MEMORY = 0.05
 """Weight of the newest observation."""
 LATE = 0.03
-"""Part of the estimates that may come out too short: they are stretched until no more do."""
+"""Part of the requests with a deadline that may miss it: estimates are stretched until no more do."""
 LEAST_RATIO, MOST_RATIO = 0.5, 4.0
 """By how much estimates may be stretched."""
 FIRST_RETRY, LAST_RETRY = 0.2, 30.0
@@ -52,9 +52,8 @@ class Forecast:
             used = event.output / max(1, event.most)
             before = self._used.setdefault(event.model, used)
             self._used[event.model] = before + MEMORY * (used - before)
-        if estimate := self._estimates.pop(event.sequence, 0.0):
-            late = event.expired or event.seconds > estimate
-            change = MEMORY * (1.0 if late else -LATE / (1 - LATE))
+        if self._estimates.pop(event.sequence, 0.0):
+            change = MEMORY * (1.0 if event.expired else -LATE / (1 - LATE))
             self._ratio = min(MOST_RATIO, max(LEAST_RATIO, self._ratio * (1 + change)))
 
     def output(self, model: str, most: int) -> int:

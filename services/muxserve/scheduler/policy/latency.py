@@ -35,6 +35,10 @@ ENOUGH = 8
 """Observations after which a fit can tell what a neighbour cost."""
 MOST = 4.0
 """Most that a neighbour is taken to cost: beyond that something else was going on."""
+RISE = 1.01
+"""By how much the shortest step of late grows with each one that takes longer."""
+LEAST_PART = 0.5
+"""Least part of that which a lone sequence's is taken to be."""
 STEP = (0.010, 0.001, 0.0)
 PREFILL = (0.005, 0.001, 0.0)
 """Seconds that are assumed before anything is known."""
@@ -92,6 +96,8 @@ class Latency:
         """What a neighbour adds to a job of that kind, as a part of its time alone."""
         self._slower = 1.5
         """By how much a step takes longer beside those of another model."""
+        self._least: dict[str, float] = {}
+        """By model: seconds of the shortest steps of late."""
         self._context: dict[str, float] = {}
         """Tokens of a sequence that decodes, as last seen."""
 
@@ -103,6 +109,8 @@ class Latency:
         fit = self._fits.setdefault((regime, event.model), self._new(event.kind))
         features = self._features(event)
         seconds = event.seconds / event.steps
+        if event.kind == "decode":
+            self._least[event.model] = min(seconds, self._least.get(event.model, seconds) * RISE)
         if event.beside >= BESIDE and fit.seen >= ENOUGH and (alone := fit(features)) > 0:
             extra = min(MOST, max(0.0, (seconds / alone - 1) / event.beside))
             self._neighbour[event.kind] += MEMORY * (extra - self._neighbour[event.kind])
@@ -123,13 +131,20 @@ class Latency:
             return seconds * self._slower if together else seconds / self._slower
         return self._fit(this, model)(features)
 
+    def lone_step(self, model: str) -> float:
+        """Seconds of a decode step of one sequence that has the device for itself. Where that is never seen
+        the fit may say anything; but it takes less than any other step, and not much less."""
+        fitted = self.step(model, 1)
+        least = self._least.get(model, fitted)
+        return min(least, max(LEAST_PART * least, fitted))
+
     def prefill(self, model: str, tokens: int) -> float:
         """Seconds of a prefill job of so many tokens, with nothing beside it."""
         return self._fit("prefill", model)((1.0, float(tokens), tokens * tokens / 2e3))
 
     def alone(self, model: str, prompt: int, output: int) -> float:
         """Seconds of a whole request that has the device for itself."""
-        return self.prefill(model, prompt) + output * self.step(model, 1)
+        return self.prefill(model, prompt) + output * self.lone_step(model)
 
     def beside(self, kind: str) -> float:
         """By how much a job of that kind takes longer with one of the other kind beside it."""

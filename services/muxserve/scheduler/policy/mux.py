@@ -73,8 +73,8 @@ class Mux(Adbs):
         self._served: dict[str, float] = {}
         """Seconds for which the steps that each model has had suffice, since a time that is the same for
         all."""
-        self._turn = 0.0
-        """Where a model begins that did not decode: where the one is that is served next."""
+        self._begun = 0.0
+        """Where a model begins that did not decode: where the one is that has had least."""
         self._paces: dict[str, tuple[int, float, float]] = {}
         """By model: sequences, the steps per second that these need, and until when that holds."""
         self._rest_until = 0.0
@@ -137,7 +137,7 @@ class Mux(Adbs):
             wanted,
             self._cycle(plan),
             self._cycle_limit(plan, model),
-            (prompt, output, self._latency.step(model.model, 1)),
+            (prompt, output, self._latency.lone_step(model.model)),
         )
         late = self._now + seconds - waiting.deadline
         if late > 0 and self._forecast.known(model.model):
@@ -230,7 +230,7 @@ class Mux(Adbs):
     def _cycle_limit(self, plan: Plan, model: ModelSnapshot) -> float:
         """Seconds between two tokens that sequences of `model`, and all with a target, can bear."""
         targets = [m.tpot_target for m in plan.models.values() if m.tpot_target and m.running]
-        own = model.tpot_target or FULL * self._options.stretch * self._latency.step(model.model, 1)
+        own = model.tpot_target or FULL * self._options.stretch * self._latency.lone_step(model.model)
         least = self._latency.cycle([(name, 1) for name, count in plan.seated.items() if count], plan.lanes)
         return max(min([own, *targets]), 2 * least)
 
@@ -248,14 +248,12 @@ class Mux(Adbs):
             return super()._decode_order(plan, able)
         for name in [n for n in self._served if n not in plan.models or not plan.models[n].running]:
             del self._served[name]
-        steps = self._steps(plan) or 1
-        reached = {}
+        self._begun = max(self._begun, min(self._served.values(), default=0.0))
+        steps, reached = self._steps(plan) or 1, {}
         for name in able:
-            served = self._served.setdefault(name, self._turn)
+            served = self._served.setdefault(name, self._begun)
             reached[name] = served + plan.leases(name) * steps / self._pace_of(plan.models[name])
-        order = sorted(able, key=lambda name: reached[name])
-        self._turn = max(self._turn, reached[order[0]])
-        return order
+        return sorted(able, key=lambda name: reached[name])
 
     def _pace_of(self, model: ModelSnapshot) -> float:
         """Steps per second that the model needs for all of its sequences to be in time that can be."""
@@ -263,7 +261,7 @@ class Mux(Adbs):
         known = self._paces.get(name)
         if known is not None and known[0] == count and self._now < known[2]:
             return known[1]
-        least = self._latency.step(name, 1)
+        least = self._latency.lone_step(name)
         usual = 1 / (self._options.stretch * least)
         rates = [model.tpot_target and 1 / model.tpot_target, LEAST_PACE * usual]
         for r in model.running:
