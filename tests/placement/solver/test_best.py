@@ -141,6 +141,17 @@ def test_models_that_fit_nowhere_are_left_out(algorithm: Callable[[Workload, Cos
     assert {p.name for unit in placement.units for p in unit.models} == {"small"}
 
 
+def test_a_large_model_is_placed_where_others_have_to_make_room_on_several_gpus_at_once() -> None:
+    """Two replicas have to go, two GPUs be joined, and the model come: nothing of that helps by itself."""
+    rates = {f"m{i}": ("llama-13b", 18.0) for i in range(4)} | {"large": ("llama-65b", 0.5)}
+    work = workload(rates, gpus=8)
+    objective = Objective(work, COSTS)
+    full = tuple((Mesh(0, 1), frozenset((u % 4,))) for u in range(8))
+    part = iter(range(8000))
+    found = anneal(objective, full, lambda: next(part) / 300, seed=1)
+    assert any(4 in models for _, models in found[0].state)
+
+
 def test_a_hot_model_gets_replicas_and_cold_ones_share() -> None:
     work = workload({"hot": ("llama-7b", 60), **{f"cold{i}": ("llama-7b", 0.2) for i in range(4)}}, gpus=4)
     placement = solve(work, COSTS)

@@ -107,7 +107,8 @@ def _canonical(state: State) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
 
 def _neighbour(state: State, objective: Objective, source: random.Random) -> State | None:
     """A state one change away; None: the change that was drawn is not possible."""
-    change = source.choices((_move, _copy, _drop, _swap, _split, _merge), (30, 15, 10, 25, 10, 10))[0]
+    changes = (_move, _copy, _drop, _swap, _split, _merge, _seat)
+    change = source.choices(changes, (30, 15, 10, 25, 10, 10, 10))[0]
     return change(state, objective, source)
 
 
@@ -195,6 +196,38 @@ def _merge(state: State, objective: Objective, source: random.Random) -> State |
     if not fits(objective.kinds[mesh.kind], [*sizes, whole.size]):
         return None
     return (*rest, (whole, models))
+
+
+def _seat(state: State, objective: Objective, source: random.Random) -> State | None:
+    """Give a model that is nowhere a mesh, cleared of others and joined of smaller ones. Who has no other
+    place goes wherever it may. That is several changes at once, each of which alone would not be made."""
+    missing = sorted(set(range(len(objective.models))) - {i for _, models in state for i in models})
+    if not missing:
+        return None
+    model, start = source.choice(missing), source.randrange(len(state))
+    kind = state[start][0].kind
+    sizes = [s for s in sizes_for(objective.workload) if objective.allows(Mesh(kind, s), [model])]
+    if not sizes:
+        return None
+    size = source.choice(sizes)
+    taken, total = set[int](), 0
+    for u in source.sample(range(len(state)), len(state)):
+        mesh = state[u][0]
+        if mesh.kind == kind and total + mesh.size <= size:
+            taken.add(u)
+            total += mesh.size
+    rest = [each for u, each in enumerate(state) if u not in taken]
+    if total != size or not fits(objective.kinds[kind], [*(m.size for m, _ in rest if m.kind == kind), size]):
+        return None
+    here = Mesh(kind, size)
+    placed = {i for _, models in rest for i in models}
+    for homeless in sorted({i for u in taken for i in state[u][1]} - placed):
+        options = [v for v, (mesh, models) in enumerate(rest) if objective.allows(mesh, models | {homeless})]
+        if not options:
+            return None
+        v = source.choice(options)
+        rest[v] = (rest[v][0], rest[v][1] | {homeless})
+    return (*rest, (here, frozenset((model,))))
 
 
 def neighbours(state: State, objective: Objective) -> Iterator[State]:
