@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SLOW, FAST = 90.0, 6.0
-"""Time constants of the two rates, in seconds."""
+SLOW, FAST, LAST = 90.0, 6.0, 2.0
+"""Time constants in seconds: of the two rates, and of what came last."""
 ALARM, CALM = 3.5, 2.0
 """Standard deviations from the slow rate at which a burst begins, and below which it is over."""
 PATIENCE = 8.0
-"""Seconds after which a burst is taken for the new rate."""
+"""Seconds after which a burst is taken for the new rate, unless it is just over."""
+LASTING = 0.4
+"""Part of its height that a burst must still have to be no burst."""
 PRIOR_SECONDS = 10.0
 """How much a stated rate counts: as much as so many seconds of traffic."""
 PRIOR_TOKENS = 128.0
@@ -75,6 +77,7 @@ class _Rate:
 class _Series:
     slow: _Rate
     fast: _Rate
+    latest: _Rate
     first: float
     last: float
     arrived: int | None = None
@@ -109,6 +112,7 @@ class Traffic:
         series.arrived, series.last = total, now
         series.slow.add(total - before, elapsed)
         series.fast.add(total - before, elapsed)
+        series.latest.add(total - before, elapsed)
         if series.burst is not None:
             series.burst.add(total - before, elapsed)
         self._judge(series)
@@ -150,7 +154,7 @@ class Traffic:
             weight = PRIOR_SECONDS if rate else 0.0
             slow = _Rate(SLOW, rate * weight, weight)
             fast = _Rate(FAST, rate * min(weight, FAST), min(weight, FAST))
-            self._models[model] = _Series(slow, fast, now, now, measured=now)
+            self._models[model] = _Series(slow, fast, _Rate(LAST), now, now, measured=now)
         return self._models[model]
 
     @staticmethod
@@ -163,7 +167,9 @@ class Traffic:
         elif distance < CALM:
             series.burst = None
         elif series.burst.seconds >= PATIENCE * 0.95:  # weighted: a little less than those that passed
-            series.slow, series.burst = series.burst, None
+            height = series.burst.value - series.slow.value
+            if abs(height) <= (series.latest.value - series.slow.value) / LASTING * math.copysign(1, height):
+                series.slow, series.burst = series.burst, None
 
 
 def deviation(rate: float, usual: float, seconds: float) -> float:
