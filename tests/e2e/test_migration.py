@@ -137,7 +137,7 @@ async def _kill(cluster: Cluster, pid: int, phase: str) -> None:
     listening = valkey.net_connections("tcp")
     redis = Redis(port=next(each.laddr.port for each in listening if each.status == psutil.CONN_LISTEN))
     wanted = admin_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{phase}")
-    async with redis:
+    async with redis, asyncio.timeout(60):
         while (await PlacementStore(redis).read()).migration.phase != wanted:
             pass
     os.kill(pid, signal.SIGKILL)

@@ -38,6 +38,9 @@ def as_object(status: Status) -> dict[str, Any]:
     ]
     return {
         "epoch": status.placement.epoch,
+        "migration": dataclasses.asdict(migration) if (migration := status.placement.migration) else None,
+        "planned": [dataclasses.asdict(each) for each in status.placement.planned],
+        "drained_workers": list(status.placement.drained_workers),
         "models": sorted(models, key=lambda model: (model["name"], model["unit"])),
         "units": [
             {
@@ -141,6 +144,11 @@ def _print(status: dict[str, Any]) -> None:
         elif model["state"] != "ready" and model["reason"]:
             field = f"{model['field']}: " if model["field"] else ""
             typer.echo(f"  {model['name']}: {field}{model['reason']}")
+    if migration := status["migration"]:
+        way = f"from {migration['source'] or 'nowhere'} to {migration['target'] or 'nowhere'}"
+        typer.echo(f"migration {migration['id']}: {migration['model']} {way}, {migration['phase']}")
+    if drained := status["drained_workers"]:
+        typer.echo(f"drained: {', '.join(drained)}")
     _print_rows("block pools", status["pool"])
     _print_rows("units", status["units"])
     _print_rows("executors", status["executors"])
