@@ -18,13 +18,16 @@ LOADING_TAKES = 0.3
 """Part of what a worker serves that is lost while it loads a model."""
 UNLOADING_TAKES = 0.5
 """Requests that unloading a model costs."""
+LOSS = 0.98
+"""Part of what is served now that has to be served still, whoever gains."""
 EVALUATIONS = 1500
 """Most states that are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What to do. Rates are requests per second; one that is served late counts as a part of one."""
+    """What to do. Rates are requests per second, those that wait included; one that is served late counts as
+    a part of one."""
 
     moves: tuple[Move, ...]
     """In order. Empty: nothing better was found."""
@@ -79,13 +82,13 @@ class _Advisor:
         if not way.moves:
             return Advice((), False, served, served, 0.0, "nothing better was found", worth)
         gain, cost, after = objective.score(goal) - score, self._cost(goal, way), self._served(goal)
-        enough = gain >= least and gain * options.horizon >= options.margin * cost
+        enough = gain >= least and gain * options.horizon >= options.margin * cost and after >= LOSS * served
         reason = self._words(now, goal, gain, cost, enough)
         return Advice(way.moves, enough, served, after, cost, reason, worth)
 
     def _served(self, state: Loaded) -> float:
         worth = self._objective.worth(state)
-        return sum(m.flow.rate * each for m, each in zip(self._models, worth, strict=True))
+        return sum(m.rate * each for m, each in zip(self._objective.models, worth, strict=True))
 
     def _words(self, now: Loaded, goal: Loaded, gain: float, cost: float, enough: bool) -> str:
         before, after = self._objective.worth(now), self._objective.worth(goal)
