@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from muxserve.common.queue import Delivery
+from muxserve.scheduler.policy.interface import Waiting
 from muxserve.v1 import common_pb2, scheduler_pb2
 
 Event = scheduler_pb2.RequestEvent
@@ -77,6 +78,8 @@ class Request:
     """Loop time before which it is left alone."""
     timer: asyncio.TimerHandle | None = None
     """Runs out at the deadline."""
+    view: Waiting | None = None
+    """What policies see of it as long as it was not begun."""
 
     id: str = field(init=False)
     model: str = field(init=False)

@@ -68,6 +68,15 @@ def take(
 
 
 def _waiting(request: Request) -> Waiting:
+    """Of those that were not begun, which can be many, nothing changes."""
+    if request.sequence is not None or request.output:
+        return _view(request)
+    if request.view is None:
+        request.view = _view(request)
+    return request.view
+
+
+def _view(request: Request) -> Waiting:
     sequence = request.sequence
     queued = request.queued
     return Waiting(

@@ -48,8 +48,9 @@ RESUME_GRACE = 10.0
 """Seconds that an attached gateway has to answer a resume query."""
 FAILED = inference_pb2.MODEL_STATE_FAILED
 LEAVING = (inference_pb2.MODEL_STATE_DRAINING, inference_pb2.MODEL_STATE_ASLEEP)
-AHEAD = 4
-"""Requests that wait here at most, as a multiple of their model's slots."""
+AHEAD = 16
+"""Requests that wait here at most, as a multiple of their model's slots: so many that one tenant may send at
+once without keeping those of others from here, where they go first."""
 SHARED = 12
 """Requests of a model that wait here at most while other units serve it too: what waits in the queue goes to
 whoever can take it first, which is what divides load among units."""

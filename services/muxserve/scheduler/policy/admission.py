@@ -15,16 +15,18 @@ from muxserve.scheduler.policy.latency import Latency
 
 MEMORY = 0.05
 """Weight of the newest observation."""
+CORRECTION = 0.15
+"""By how much estimates are stretched for each deadline that is missed, as a part."""
 LATE = 0.03
 """Part of the requests with a deadline that may miss it: estimates are stretched until no more do."""
 LEAST_RATIO, MOST_RATIO = 0.5, 4.0
 """By how much estimates may be stretched."""
 FIRST_RETRY, LAST_RETRY = 0.2, 30.0
 """Seconds after which a refused request may come again."""
-HALF_LIFE = 3.0
+HALF_LIFE = 30.0
 """Seconds in which half of that is forgotten."""
 KEPT = 20_000
-"""Estimates remembered."""
+"""Admitted requests remembered."""
 
 
 class Forecast:
@@ -34,8 +36,8 @@ class Forecast:
         self._latency = latency
         self._used: dict[str, float] = {}
         """Part of the tokens that requests of a model may generate which they do."""
-        self._estimates: dict[int, float] = {}
-        """Seconds that admitted requests were to take."""
+        self._allowed: dict[int, float] = {}
+        """Seconds that admitted requests have from their arrival to their deadline."""
         self._ratio = 1.0
         """What to multiply the part of an estimate by that is due to others."""
         self._seen = 0.0
@@ -52,8 +54,9 @@ class Forecast:
             used = event.output / max(1, event.most)
             before = self._used.setdefault(event.model, used)
             self._used[event.model] = before + MEMORY * (used - before)
-        if self._estimates.pop(event.sequence, 0.0):
-            change = MEMORY * (1.0 if event.expired else -LATE / (1 - LATE))
+        if allowed := self._allowed.pop(event.sequence, 0.0):
+            late = event.expired or event.seconds > allowed
+            change = CORRECTION * (1.0 if late else -LATE / (1 - LATE))
             self._ratio = min(MOST_RATIO, max(LEAST_RATIO, self._ratio * (1 + change)))
 
     def output(self, model: str, most: int) -> int:
@@ -66,13 +69,13 @@ class Forecast:
 
     def admitted(self, sequence: int) -> bool:
         """Whether it was decided on before."""
-        return sequence in self._estimates
+        return sequence in self._allowed
 
     def admit(self, sequence: int, seconds: float) -> None:
-        """It was to take so many seconds."""
-        if len(self._estimates) >= KEPT:
-            del self._estimates[next(iter(self._estimates))]
-        self._estimates[sequence] = seconds
+        """It is to be finished within so many seconds from its arrival."""
+        if len(self._allowed) >= KEPT:
+            del self._allowed[next(iter(self._allowed))]
+        self._allowed[sequence] = seconds
 
     @property
     def prefill_pace(self) -> float:

@@ -143,7 +143,7 @@ class Mux(Adbs):
         if late > 0 and self._forecast.known(model.model):
             plan.refuse(waiting, retry_after(late))
             return True
-        self._forecast.admit(waiting.sequence, seconds)
+        self._forecast.admit(waiting.sequence, waiting.deadline - waiting.arrival)
         return False
 
     # Prompts
