@@ -17,9 +17,9 @@ MEMORY = 0.05
 """Weight of the newest observation."""
 CORRECTION = 0.15
 """By how much estimates are stretched for each deadline that is missed, as a part."""
-LATE = 0.03
+LATE = 0.01
 """Part of the requests with a deadline that may miss it: estimates are stretched until no more do."""
-LEAST_RATIO, MOST_RATIO = 0.5, 4.0
+LEAST_RATIO, MOST_RATIO = 1.3, 4.0
 """By how much estimates may be stretched."""
 FIRST_RETRY, LAST_RETRY = 0.2, 30.0
 """Seconds after which a refused request may come again."""
@@ -38,7 +38,7 @@ class Forecast:
         """Part of the tokens that requests of a model may generate which they do."""
         self._allowed: dict[int, float] = {}
         """Seconds that admitted requests have from their arrival to their deadline."""
-        self._ratio = 1.0
+        self._ratio = LEAST_RATIO
         """What to multiply the part of an estimate by that is due to others."""
         self._seen = 0.0
         self._beside = 0.0
@@ -89,7 +89,9 @@ class Forecast:
 
     def look(self, now: float) -> None:
         """Time passes: what was learned of a busy time fades."""
-        self._ratio = 1 + (self._ratio - 1) * 0.5 ** (max(0.0, now - self._seen) / HALF_LIFE)
+        self._ratio = LEAST_RATIO + (self._ratio - LEAST_RATIO) * 0.5 ** (
+            max(0.0, now - self._seen) / HALF_LIFE
+        )
         self._seen = now
 
     def seconds(
