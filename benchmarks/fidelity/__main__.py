@@ -74,7 +74,7 @@ class Plan:
         return Mix(tuple(Stream(model, share, lengths) for model, share in shares.items()))
 
 
-QUICK = Plan(seconds=45.0, flood=10.0, batches=(1, 4, 16, 32), lengths=(8, 64, 256), repeat=2)
+QUICK = Plan(seconds=45.0, flood=10.0, batches=(1, 4, 16), lengths=(8, 96), repeat=2)
 
 
 class Benchmark:
