@@ -41,6 +41,8 @@ class Setup:
     """Of each worker. None: all that there are, divided among them."""
     rebalance: str = "auto"
     policy: str = "mux"
+    options: tuple[str, ...] = ()
+    """Further ones of `muxserve up`."""
 
 
 def copies(checkpoint: Path, names: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -82,7 +84,7 @@ class Deployment:
         if setup.cores is not None:
             command += ["--cores", f"{setup.cores * setup.workers}"]
         command += ["--run-dir", f"{folder / 'run'}", "--ready-file", f"{ready}"]
-        command += ["--set", f"placement.rebalance={json.dumps(setup.rebalance)}"]
+        command += ["--set", f"placement.rebalance={json.dumps(setup.rebalance)}", *setup.options]
         for name, path in setup.checkpoints.items():
             command += ["--model", f"{name}={path},dtype=bfloat16"]
         with (folder / "errors.log").open("w") as errors:

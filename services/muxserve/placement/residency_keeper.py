@@ -27,6 +27,8 @@ RETRY = 1.0
 """Seconds after which a worker is asked again that did not say what its weights may take."""
 START, BANDWIDTH = 0.5, 0.5e9
 """What loading is expected to take while none was measured: seconds, and bytes in each further second."""
+FORGOTTEN = 60.0
+"""Seconds in which half of what a load took longer than expected is forgotten."""
 COARSE = 0.25
 """Seconds by which the moment has to change at which there will be room, to be written again."""
 
@@ -59,6 +61,8 @@ class Keeper:
         self._asked: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._since: dict[Key, tuple[int, float]] = {}
         """Of READY places: the number of their load, and when they were first seen so."""
+        self._learned: dict[Key, tuple[int, float]] = {}
+        """The number of the latest load, and when it was first heard of."""
 
     async def attend(self, plan: Plan, workers: Mapping[str, Entry]) -> float:
         """See `Adviser`."""
@@ -96,7 +100,7 @@ class Keeper:
             stage, shape = _stage(plan, model, place), place.shape
             if stage is not None and shape is not None:
                 since = self._ready_since(model, place, now)
-                seconds = self._load_seconds(plan, place)
+                seconds = self._load_seconds(plan, model, place, now)
                 places.append(PlaceView(model.name, place.worker, stage, shape.weight_bytes, seconds, since))
         return View(now, models, places, budgets)
 
@@ -109,10 +113,21 @@ class Keeper:
             self._since[key] = (place.loads, now)
         return self._since.setdefault(key, (place.loads, now))[1]
 
-    def _load_seconds(self, plan: Plan, place: Place) -> float:
-        """What loading it took, or is likely to take where it was not loaded yet."""
-        if place.load_seconds or place.shape is None:
-            return place.load_seconds
+    def _load_seconds(self, plan: Plan, model: PlannedModel, place: Place, now: float) -> float:
+        """What loading it took, or is likely to take where it was not loaded yet.
+
+        A load that took unusually long (weights that were made from another format, a busy disk) is forgotten
+        with time: nobody would wait for the next one, and so nobody would learn that it is over.
+        """
+        if place.shape is None:
+            return 0.0
+        if place.load_seconds:
+            key = (model.name, place.worker)
+            if self._learned.get(key, (0, 0.0))[0] != place.loads:
+                self._learned[key] = (place.loads, now)
+            usual = min(place.load_seconds, _prior(place.shape.weight_bytes))
+            age = now - self._learned.setdefault(key, (place.loads, now))[1]
+            return usual + (place.load_seconds - usual) * math.pow(0.5, age / FORGOTTEN)
         known = [p for _, p in plan.of_worker(place.worker) if p.load_seconds and p.shape is not None]
         expected = sum(_prior(p.shape.weight_bytes) for p in known if p.shape is not None)
         ratio = sum(p.load_seconds for p in known) / expected if known else 1.0
@@ -123,8 +138,8 @@ class Keeper:
         for model, place in plan.places():
             room = rooms.get((model.name, place.worker))
             if place.state == ASLEEP and room is not None:
-                wait = round(self._load_seconds(plan, place) + NOTICED, 2)
-                place.expected_wait = math.inf if math.isinf(room) else wait
+                wait = self._load_seconds(plan, model, place, view.now) + NOTICED
+                place.expected_wait = _about(place.expected_wait, math.inf if math.isinf(room) else wait)
                 place.room_at = _coarsely(place.room_at, room, view.now)
                 continue
             if not (place.woken and place.worker in workers):
@@ -190,6 +205,13 @@ def _stage(plan: Plan, model: PlannedModel, place: Place) -> Stage | None:
 
 def _prior(weight_bytes: int) -> float:
     return START + weight_bytes / BANDWIDTH
+
+
+def _about(before: float, wait: float) -> float:
+    """A wait as the document says it: as it said before, if that is about right."""
+    if math.isinf(wait) or abs(wait - before) > max(0.05, 0.1 * wait):
+        return round(wait, 2)
+    return before
 
 
 def _coarsely(before: int, room: float, now: float) -> int:
