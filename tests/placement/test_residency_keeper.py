@@ -126,7 +126,7 @@ async def test_a_model_that_found_no_room_when_it_was_woken_sleeps_on_and_is_wok
         await ask(redis_client, "b")
 
         async def tried_twice() -> bool:
-            return worker.loads.count("b") == 2
+            return worker.loads.count("b") >= 2
 
         await eventually(tried_twice)
         await until(redis_client, lambda p: placed(p, "b").state == ASLEEP)
