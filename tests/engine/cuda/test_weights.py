@@ -27,9 +27,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(make_model("qwen3", tmp_path_factory.mktemp("model")), "bfloat16")
 
 
-def filled(checkpoint: Checkpoint, runtime: CudaRuntime | None, **options: int) -> DeviceWeights:
+def filled(
+    checkpoint: Checkpoint, runtime: CudaRuntime | None, threads: int = 2, staging: int = 16 * MIB
+) -> DeviceWeights:
     weights = DeviceWeights.create(checkpoint.manifest(), runtime=runtime)
-    fill(checkpoint, weights.memory, **options)
+    fill(checkpoint, weights.memory, threads, staging)
     return weights
 
 
