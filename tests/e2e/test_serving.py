@@ -46,7 +46,7 @@ async def test_two_models_decode_at_once_in_one_arena(cluster: Cluster) -> None:
     async with AsyncClient(cluster.gateway) as client:
 
         async def run(model: str) -> int:
-            result = await client.generate(model, PROMPT, max_tokens=120, temperature=0, ignore_eos=True)
+            result = await client.generate(model, PROMPT, max_tokens=400, temperature=0, ignore_eos=True)
             return result.usage.completion_tokens
 
         work = [asyncio.create_task(run(model)) for model in "abab"]
@@ -58,7 +58,7 @@ async def test_two_models_decode_at_once_in_one_arena(cluster: Cluster) -> None:
         status = await asyncio.to_thread(cluster.wait, "both models hold blocks", both, 20.0)
         assert all(m["quota_blocks"] > 0 for m in status["models"])
         assert len(status["pool"]) == 1
-        assert await asyncio.gather(*work) == [120] * 4
+        assert await asyncio.gather(*work) == [400] * 4
     await asyncio.to_thread(cluster.wait_idle)
 
 
