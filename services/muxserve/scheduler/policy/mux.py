@@ -49,6 +49,10 @@ LEAST_PART = 0.2
 """Part of the time, and of the device, that prefill and decode have at least when targets cannot be met."""
 KEPT = 8192
 """Sequences remembered."""
+LOST = 3.0
+"""By how much the pace may be slower where most of what waits is late."""
+LATENESS = 2
+"""Where a key says whether a request will be late."""
 LEAST_DUE = 0.2
 """Seconds that any request has until it is due."""
 
@@ -77,6 +81,8 @@ class Mux(Adbs):
         """Where a model begins that did not decode: where the one is that has had least."""
         self._paces: dict[str, tuple[int, float, float]] = {}
         """By model: sequences, the steps per second that these need, and until when that holds."""
+        self._lost = False
+        """Whether most of what waits is late."""
         self._rest_until = 0.0
         """Until when no prompt is computed, for the sake of what decodes."""
 
@@ -129,7 +135,7 @@ class Mux(Adbs):
         self, plan: Plan, model: ModelSnapshot, waiting: Waiting, ahead: float, wanted: int, prompt: float
     ) -> bool:
         """Refuse a request if it would be. ahead, wanted: as in `Forecast.seconds`."""
-        output = self._forecast.output(model.model, waiting.limit - waiting.tokens)
+        output = self._output(model, waiting)
         seconds = self._forecast.seconds(
             plan.models.values(),
             ahead,
@@ -183,13 +189,16 @@ class Mux(Adbs):
     def _order(self, plan: Plan) -> list[tuple[ModelSnapshot, list[Waiting]]]:
         if not (self._options.slack or self._options.fairness):
             return super()._order(plan)
-        keyed = []
+        keyed, late, all_of_them = [], 0, 0
         for model in plan.models.values():
             if queue := plan.queue(model):
                 keys = {w.sequence: self._key(model, w) for w in queue}
+                late += sum(bool(key[LATENESS]) for key in keys.values())
+                all_of_them += len(queue)
                 queue.sort(key=lambda w: keys[w.sequence])  # used at once
                 keyed.append((keys[queue[0].sequence], model, queue))
         keyed.sort(key=lambda each: each[0])
+        self._lost = self._options.slack and late > 0.5 * max(all_of_them, sum(plan.seated.values()))
         return [(model, queue) for _, model, queue in keyed]
 
     def _key(self, model: ModelSnapshot, waiting: Waiting) -> Key:
@@ -200,6 +209,8 @@ class Mux(Adbs):
             return priority, rank, not waiting.open, waiting.arrival, waiting.sequence
         due = self._due(model, waiting)
         left = self._latency.prefill(model.model, waiting.tokens - waiting.computed)
+        if not model.ttft_target or waiting.emitted:
+            left += self._output(model, waiting) * self._latency.lone_step(model.model)
         late = due < self._now + left and self._now - waiting.arrival < OLD
         return priority, rank, late, due, waiting.sequence
 
@@ -207,9 +218,12 @@ class Mux(Adbs):
         """When its first token should be there at the latest, or all of it where that is what counts."""
         if model.ttft_target and not waiting.emitted:
             return waiting.arrival + model.ttft_target
-        output = self._forecast.output(model.model, waiting.limit - waiting.tokens)
-        alone = self._latency.alone(model.model, waiting.tokens, output)
+        alone = self._latency.alone(model.model, waiting.tokens, self._output(model, waiting))
         return min(waiting.arrival + max(LEAST_DUE, self._options.stretch * alone), waiting.deadline)
+
+    def _output(self, model: ModelSnapshot, waiting: Waiting) -> int:
+        """Tokens that it will generate."""
+        return self._forecast.output(model.model, waiting.limit - waiting.tokens)
 
     def _may_begin(self, plan: Plan, model: ModelSnapshot, waiting: Waiting) -> bool:
         """Whether one more sequence leaves the others their pace."""
@@ -232,7 +246,8 @@ class Mux(Adbs):
         targets = [m.tpot_target for m in plan.models.values() if m.tpot_target and m.running]
         own = model.tpot_target or FULL * self._options.stretch * self._latency.lone_step(model.model)
         least = self._latency.cycle([(name, 1) for name, count in plan.seated.items() if count], plan.lanes)
-        return max(min([own, *targets]), 2 * least)
+        # Where most of what waits is late whatever is done, pace gives way to throughput.
+        return max(min([own, *targets]), 2 * least) * (LOST if self._lost else 1.0)
 
     def _budget(self, plan: Plan, model: ModelSnapshot) -> int:
         if not self._options.chunked:
