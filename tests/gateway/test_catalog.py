@@ -97,7 +97,7 @@ def test_of_several_places_the_one_that_serves_soonest_counts() -> None:
     models = served_models(placement([sleeping(9.0)], [sleeping(2.0)], [sleeping(1.0, 60.0)]))
     assert (models["a"].state, models["a"].expected_wait(time.time())) == (ASLEEP, 2.0)
     assert served_models(placement([sleeping(9.0)], [placed("a", "p")]))["a"].state == READY
-    assert served_models(placement([placed("a", "p", DRAINING)]))["a"].state == LOADING
+    assert served_models(placement([placed("a", "p", DRAINING)]))["a"].state == ASLEEP
 
 
 async def test_one_checkpoint_is_read_once_for_all_its_names(tmp_path: Path, smollm2: Path) -> None:

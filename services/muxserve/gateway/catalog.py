@@ -23,7 +23,7 @@ _NAMES_IN_ERROR = 20
 _READY, _ASLEEP = inference_pb2.MODEL_STATE_READY, inference_pb2.MODEL_STATE_ASLEEP
 _LOADING, _FAILED = inference_pb2.MODEL_STATE_LOADING, inference_pb2.MODEL_STATE_FAILED
 _DRAINING = inference_pb2.MODEL_STATE_DRAINING
-_RANK = {_READY: 0, _ASLEEP: 1, _LOADING: 2, _DRAINING: 2, _FAILED: 3}
+_RANK = {_READY: 0, _ASLEEP: 1, _LOADING: 2, _FAILED: 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +74,11 @@ def _merged(name: str, placed: Iterable[admin_pb2.PlacedModel]) -> ServedModel:
 
 
 def _state(model: admin_pb2.PlacedModel) -> inference_pb2.ModelState.ValueType:
-    """A place that was asleep and loads is, to clients, still asleep: their requests wait for it."""
-    if model.state == _LOADING and model.expected_wait_seconds:
+    """A place that was asleep and loads, or that the model leaves for another one, is to clients as one that
+    is asleep: their requests wait for it."""
+    if model.state == _DRAINING or (model.state == _LOADING and model.expected_wait_seconds):
         return _ASLEEP
-    return _LOADING if model.state == _DRAINING else model.state
+    return model.state
 
 
 class Catalog:
