@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ import psutil
 from benchmarks.engine.contender import ROOT, ContenderFailed
 from benchmarks.engine.lineup import peer_directory
 from benchmarks.engine.machine import memory, role, tree
+from benchmarks.serving import Serving, end, make
 from muxserve.bench.targets import Failed, Target, target
 
 VLLM = "vllm"
@@ -65,11 +65,10 @@ class System(ABC):
 class Ours(System):
     """`muxserve up` on free ports."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, reader: asyncio.Task[None]) -> None:
+    def __init__(self, name: str, serving: Serving, models: Sequence[str]) -> None:
         self.name = name
-        self.routes = {}
-        self._process = process
-        self._reader = reader
+        self.routes = dict.fromkeys(models, target(serving.ready["gateway"]))
+        self._serving = serving
 
     @classmethod
     async def start(
@@ -85,45 +84,21 @@ class Ours(System):
 
         rates: what the operator expects of each model, if anything. Raises ContenderFailed.
         """
-        _make(folder)
-        command = [sys.executable, "-m", "muxserve.cli.child", f"{os.getpid()}", "-m", "muxserve.cli.main"]
-        command += ["up", "--port", "0", "--admin-port", "0", "--arena", f"{arena}"]
-        command += ["--run-dir", f"{folder / 'run'}", "--ready-file", f"{folder / 'ready.json'}"]
-        command += ["--log-level", "warning", "--set", f"scheduler.policy={policy}"]
+        options = ["--arena", f"{arena}", "--log-level", "warning", "--set", f"scheduler.policy={policy}"]
         for model in models:
             rate = f",rate={rates[model]:.4f}" if rates else ""
-            command += ["--model", f"{model}={checkpoint},dtype=bfloat16{rate}"]
-        with (folder / "errors.log").open("w") as errors:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=errors
-            )
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(READY_LIMIT):
-                # The address is the first thing that is said after "ready", the file is there by then.
-                async for line in process.stdout:
-                    if line.split()[:1] == [b"gateway"]:
-                        break
-                else:
-                    said = (folder / "errors.log").read_text().strip()[-2000:]
-                    raise ContenderFailed(f"muxserve up, policy {policy}: {said or 'it has ended'}")
-        except BaseException:
-            await _end(process)
-            raise
-        system = cls(policy, process, asyncio.create_task(_drain(process.stdout)))
-        gateway = target(json.loads((folder / "ready.json").read_text())["gateway"])
-        system.routes = dict.fromkeys(models, gateway)
-        return system
+            options += ["--model", f"{model}={checkpoint},dtype=bfloat16{rate}"]
+        name = f"muxserve up, policy {policy}"
+        return cls(policy, await Serving.start(name, options, folder, READY_LIMIT), models)
 
     def pids(self) -> list[int]:
         """See `System`."""
-        return [self._process.pid]
+        return [self._serving.pid]
 
     async def close(self) -> None:
         """See `System`."""
         await next(iter(self.routes.values())).close()
-        await _end(self._process)
-        await self._reader
+        await self._serving.close()
 
 
 class Vllm(System):
@@ -151,7 +126,7 @@ class Vllm(System):
         cores: Sequence[int],
     ) -> Vllm:
         """Raises ContenderFailed, CannotRun."""
-        _make(folder)
+        make(folder)
         weights, tokenizer = await asyncio.to_thread(_prepare, checkpoint, python)
         system = cls()
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "TOKENIZERS_PARALLELISM": "false"}
@@ -220,33 +195,10 @@ class Vllm(System):
         for each in self.routes.values():
             await each.close()
         below = [process for pid in self.pids() for process in tree(pid)]
-        await asyncio.gather(*(_end(process) for process in self._processes))
+        await asyncio.gather(*(end(process) for process in self._processes))
         for left in below:
             with suppress(psutil.NoSuchProcess):
                 left.kill()
-
-
-def _make(folder: Path) -> None:
-    folder.mkdir(parents=True)
-
-
-async def _drain(stream: asyncio.StreamReader) -> None:
-    """Read what nobody is interested in, so that its writer never waits."""
-    while await stream.read(65536):
-        pass
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """With SIGTERM, or with SIGKILL if that does not help."""
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-    try:
-        async with asyncio.timeout(20):
-            await process.wait()
-    except TimeoutError:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 def _ports(count: int) -> list[int]:

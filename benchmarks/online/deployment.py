@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import psutil
 
 from benchmarks.engine.contender import ContenderFailed
 from benchmarks.engine.machine import tree
+from benchmarks.serving import Serving
 from muxserve.v1 import admin_pb2, admin_pb2_grpc, inference_pb2
 
 READY_LIMIT = 300.0
@@ -64,47 +64,24 @@ def copies(checkpoint: Path, names: Sequence[str], folder: Path) -> dict[str, Pa
 class Deployment:
     """To be closed."""
 
-    def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.Task[None], ready: Any) -> None:
-        self._process = process
-        self._reader = reader
-        self.gateway: str = ready["gateway"]
-        self.admin: str = ready["admin"]
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self.gateway: str = serving.ready["gateway"]
+        self.admin: str = serving.ready["admin"]
         self._channel = grpc.aio.insecure_channel(self.admin)
         self.stub = admin_pb2_grpc.AdminServiceStub(self._channel)
 
     @classmethod
     async def start(cls, setup: Setup, folder: Path) -> Self:
         """Raises ContenderFailed."""
-        _make(folder)
-        ready = folder / "ready.json"
-        command = [sys.executable, "-m", "muxserve.cli.child", f"{os.getpid()}", "-m", "muxserve.cli.main"]
-        command += ["up", "--port", "0", "--admin-port", "0", "--workers", f"{setup.workers}"]
-        command += ["--arena", f"{setup.arena}", "--weight-budget", f"{setup.weight_budget}"]
-        command += ["--policy", setup.policy]
+        options = ["--workers", f"{setup.workers}", "--arena", f"{setup.arena}"]
+        options += ["--weight-budget", f"{setup.weight_budget}", "--policy", setup.policy]
         if setup.cores is not None:
-            command += ["--cores", f"{setup.cores * setup.workers}"]
-        command += ["--run-dir", f"{folder / 'run'}", "--ready-file", f"{ready}"]
-        command += ["--set", f"placement.rebalance={json.dumps(setup.rebalance)}", *setup.options]
+            options += ["--cores", f"{setup.cores * setup.workers}"]
+        options += ["--set", f"placement.rebalance={json.dumps(setup.rebalance)}", *setup.options]
         for name, path in setup.checkpoints.items():
-            command += ["--model", f"{name}={path},dtype=bfloat16"]
-        with (folder / "errors.log").open("w") as errors:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=errors
-            )
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(READY_LIMIT):
-                async for line in process.stdout:
-                    if line.split()[:1] == [b"gateway"]:
-                        break
-                else:
-                    said = (folder / "errors.log").read_text().strip()[-2000:]
-                    raise ContenderFailed(f"muxserve up: {said or 'it has ended'}")
-        except BaseException:
-            await _end(process)
-            raise
-        drained = asyncio.create_task(_drain(process.stdout))
-        return cls(process, drained, json.loads(ready.read_text()))
+            options += ["--model", f"{name}={path},dtype=bfloat16"]
+        return cls(await Serving.start("muxserve up", options, folder, READY_LIMIT))
 
     async def placement(self) -> admin_pb2.Placement:
         """The one in force."""
@@ -166,10 +143,9 @@ class Deployment:
 
     async def close(self) -> None:
         """End it."""
-        below = tree(self._process.pid)
+        below = tree(self._serving.pid)
         await self._channel.close()
-        await _end(self._process)
-        await self._reader
+        await self._serving.close()
         for left in below:
             with suppress(psutil.NoSuchProcess):
                 left.kill()
@@ -202,27 +178,6 @@ def _describe(placement: admin_pb2.Placement) -> dict[str, Any]:
     return found
 
 
-def _make(folder: Path) -> None:
-    folder.mkdir(parents=True)
-
-
 async def _finish(call: Any) -> None:
     async for _ in call:
         pass
-
-
-async def _drain(stream: asyncio.StreamReader) -> None:
-    while await stream.read(65536):
-        pass
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    with suppress(ProcessLookupError):
-        process.terminate()
-    try:
-        async with asyncio.timeout(20):
-            await process.wait()
-    except TimeoutError:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
