@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
@@ -18,6 +19,12 @@ from muxserve.common.errors import Unavailable
 TIMEOUT = 2.0
 """Seconds that a command or a connection attempt may take."""
 
+CONNECTIONS = 128
+"""Of a process, at most. A command that finds them all in use waits for its turn."""
+WAIT = 5.0
+"""Seconds that it waits before it fails. They are in use for long when much comes at once, such as all that
+clients have sent while the process was stopped."""
+
 RETRY_AFTER = 1.0
 """Seconds after which clients are told to try again while Redis is away."""
 
@@ -28,8 +35,9 @@ def connect(url: str) -> Redis:
     Nothing is retried inside: a command whose connection breaks may have run, and only its caller knows
     whether running it twice is harmless. Connections found closed are replaced before use.
     """
-    pool = ConnectionPool.from_url(
+    pool = _Pool.from_url(
         url,
+        max_connections=CONNECTIONS,
         socket_timeout=TIMEOUT,
         socket_connect_timeout=TIMEOUT,
         socket_keepalive=True,
@@ -40,6 +48,36 @@ def connect(url: str) -> Redis:
     )
     pool.connection_class = type("Connection", (_Sender, pool.connection_class), {})
     return Redis.from_pool(pool)
+
+
+class _Pool(ConnectionPool):
+    """Has commands wait for a connection, in order, where redis-py's refuses them.
+
+    Not its `BlockingConnectionPool`: that one takes a lock to give a connection back, and where many wait for
+    the lock, a task that is cancelled loses its connection for good.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._room = asyncio.Semaphore(self.max_connections)
+
+    async def get_connection(
+        self, command_name: object = None, *keys: object, **options: object
+    ) -> AbstractConnection:
+        try:
+            async with asyncio.timeout(WAIT):
+                await self._room.acquire()
+        except TimeoutError:
+            raise RedisError(f"no connection came free within {WAIT:g} s") from None
+        # If it fails, it has released what it took.
+        found: AbstractConnection = await super().get_connection()  # type: ignore[no-untyped-call]
+        return found
+
+    async def release(self, connection: AbstractConnection) -> None:
+        try:
+            await super().release(connection)
+        finally:
+            self._room.release()
 
 
 class _Sender(AbstractConnection):
