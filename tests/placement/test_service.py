@@ -31,19 +31,20 @@ async def administered(redis: Redis, valkey: ValkeyProcess) -> AsyncIterator[Asy
         async def announced() -> bool:
             return bool(await registry.list("placement"))
 
-        await eventually(announced)
-        (entry,) = await registry.list("placement")
-        async with AsyncAdminClient(entry.address) as client:
+        async def ready() -> bool:
+            units = (await client.placement()).units
+            return any(model.state is ModelState.READY for unit in units for model in unit.models)
 
-            async def ready() -> bool:
-                units = (await client.placement()).units
-                return bool(units) and units[0].models[0].state is ModelState.READY
-
-            await eventually(ready)
-            yield client
-        stop.set()
-        async with asyncio.timeout(5):
-            await service
+        try:
+            await eventually(announced)
+            (entry,) = await registry.list("placement")
+            async with AsyncAdminClient(entry.address) as client:
+                await eventually(ready)
+                yield client
+        finally:
+            stop.set()
+            async with asyncio.timeout(5):
+                await service
         assert not await registry.list("placement")
 
 
