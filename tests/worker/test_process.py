@@ -8,14 +8,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from muxserve.common.errors import Unavailable
 from muxserve.common.registry import Registry
 from muxserve.common.rpc import channel
 from muxserve.common.store import connect
-from muxserve.v1 import admin_pb2, worker_pb2_grpc
+from muxserve.v1 import admin_pb2, common_pb2, worker_pb2, worker_pb2_grpc
+from muxserve.worker.service import WorkerServicer
+from muxserve.worker.settings import WorkerSettings
+from muxserve.worker.worker import Worker
 from tests.support.valkey import ValkeyProcess
 from tests.worker.harness import LIMIT, Harness
 
@@ -84,6 +89,19 @@ async def test_a_worker_that_ends_leaves_no_process(
         await client.aclose()
         worker.process.kill()
         worker.process.wait()
+
+
+async def test_a_worker_that_starts_takes_no_orders(llama: Path) -> None:
+    worker = Worker(WorkerSettings(id="w", arena=8 * 2**20, block_bytes=4096, cores=1), "one")
+    servicer: Any = WorkerServicer(worker)
+    request = worker_pb2.LoadModelRequest(model=common_pb2.ModelConfig(name="llama", path=str(llama)))
+    try:
+        with pytest.raises(Unavailable, match="starting"):
+            await servicer.LoadModel(request, None)
+        await worker.start()
+        assert (await servicer.LoadModel(request, None)).shape.weight_bytes > 0
+    finally:
+        await worker.stop()
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from muxserve.common.errors import InvalidArgument
+from muxserve.common.errors import InvalidArgument, Unavailable
 from muxserve.v1 import worker_pb2, worker_pb2_grpc
 from muxserve.worker import convert
 from muxserve.worker.orders import Ended, QuotasInForce
@@ -27,21 +27,28 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
+    def _ready(self) -> Worker:
+        """Raises Unavailable while the worker starts: one that was killed is called at its address again
+        before it knows what its weights may take."""
+        if not self._worker.ready:
+            raise Unavailable("the worker is starting", retry_after=0.5)
+        return self._worker
+
     async def GetInfo(
         self, request: worker_pb2.GetInfoRequest, context: Context
     ) -> worker_pb2.GetInfoResponse:
-        return worker_pb2.GetInfoResponse(info=convert.worker_info(self._worker))
+        return worker_pb2.GetInfoResponse(info=convert.worker_info(self._ready()))
 
     async def InspectModel(
         self, request: worker_pb2.InspectModelRequest, context: Context
     ) -> worker_pb2.InspectModelResponse:
-        served = await self._worker.models.inspect(convert.choice(request.model))
+        served = await self._ready().models.inspect(convert.choice(request.model))
         return worker_pb2.InspectModelResponse(shape=convert.shape(served))
 
     async def LoadModel(
         self, request: worker_pb2.LoadModelRequest, context: Context
     ) -> worker_pb2.LoadModelResponse:
-        before = self._worker.models.get(request.model.name)
+        before = self._ready().models.get(request.model.name)
         model = await self._worker.models.load(convert.choice(request.model))
         seconds = 0.0 if model is before else model.load_seconds
         return worker_pb2.LoadModelResponse(shape=convert.shape(model.shape), load_seconds=seconds)
@@ -49,7 +56,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def UnloadModel(
         self, request: worker_pb2.UnloadModelRequest, context: Context
     ) -> worker_pb2.UnloadModelResponse:
-        await self._worker.models.unload(request.model)
+        await self._ready().models.unload(request.model)
         return worker_pb2.UnloadModelResponse()
 
     async def Jobs(
@@ -58,7 +65,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         first = await anext(aiter(request_iterator), worker_pb2.JobsRequest())
         if not first.HasField("hello"):
             raise InvalidArgument("hello", "the first message has to be a hello")
-        session = await self._worker.sessions.open(first.hello.scheduler_id, first.hello.epoch)
+        session = await self._ready().sessions.open(first.hello.scheduler_id, first.hello.epoch)
         reader = asyncio.create_task(_read(request_iterator, session), name="jobs-reader")
         try:
             yield worker_pb2.JobsResponse(info=convert.worker_info(self._worker))

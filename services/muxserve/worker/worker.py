@@ -76,6 +76,8 @@ class Worker:
                 scheduler, epoch, self.lanes, self.models, self.pool, prefixes, settings.longest_wait
             )
         )
+        self.ready = False
+        """Whether it has started: before that it does not know what its weights may take."""
 
     async def start(self) -> None:
         """Returns when the executors are ready. Raises ExecutorFailed, DeviceError."""
@@ -93,6 +95,7 @@ class Worker:
             reason=self.device.offer.reason,
             weight_budget_mib=self.weights.budget // MIB,
         )
+        self.ready = True
 
     async def broken(self) -> None:
         """Returns never; raises when the worker cannot go on, because of a bug."""
