@@ -11,12 +11,11 @@ import os
 import signal
 from collections.abc import Iterator
 
-import psutil
 import pytest
-from redis.asyncio import Redis
 
 from muxserve.client import AsyncAdminClient, AsyncClient, FailedPrecondition, Move, Status, Unavailable
 from muxserve.common.documents import PlacementStore
+from muxserve.common.store import connect
 from muxserve.v1 import admin_pb2
 from tests.e2e.conftest import Cluster, running
 from tests.engine.model_factory import make_model
@@ -133,13 +132,12 @@ async def during(
 
 async def _kill(cluster: Cluster, pid: int, phase: str) -> None:
     """Kill a process as soon as the migration is in that phase."""
-    valkey = next(c for c in psutil.Process(cluster.process.pid).children() if "valkey" in c.name())
-    listening = valkey.net_connections("tcp")
-    redis = Redis(port=next(each.laddr.port for each in listening if each.status == psutil.CONN_LISTEN))
     wanted = admin_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{phase}")
-    async with redis, asyncio.timeout(60):
-        while (await PlacementStore(redis).read()).migration.phase != wanted:
-            pass
+    async with connect(f"redis://{cluster.ready['redis']}") as redis, asyncio.timeout(60):
+        store, ended = PlacementStore(redis), 0
+        while (seen := await store.read()).migration.phase != wanted:
+            ended = ended or len(seen.ended) + 1
+            assert len(seen.ended) < ended, f"the migration has ended, and was never {phase}"
     os.kill(pid, signal.SIGKILL)
 
 

@@ -177,10 +177,10 @@ def _hand_over(
         migration.phase = UNLOADING
     elif migration.target_worker and (target is None or not _arrived(migration, target)):
         roll_back(plan, f"{migration.target_worker} lost the model")
-    elif seen.open_sequences == 0:
-        migration.phase = UNLOADING
     elif migration.phase == HANDING_OVER and seen.now >= migration.drain_until_unix_ms:
         migration.phase = DRAINING_SOURCE
+    elif seen.open_sequences == 0:
+        migration.phase = UNLOADING
 
 
 def _unload(
