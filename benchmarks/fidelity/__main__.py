@@ -31,7 +31,8 @@ from muxserve.bench.outcomes import Outcome, Status
 from muxserve.bench.report import outcomes_as_json
 from muxserve.bench.targets import Failed, target
 from muxserve.bench.workload import Lengths, Mix, Request, Stream, popularity
-from muxserve.cli.profile import Table, Wanted, describe, measure
+from muxserve.cli.profile import describe
+from muxserve.cli.profiling import Table, Wanted, measure
 from muxserve.placement.solver.cost import SERVICE, parse_costs
 from muxserve.placement.solver.placement import Placed, Placement, Unit
 from muxserve.placement.solver.shapes import Shape
@@ -128,9 +129,11 @@ class Benchmark:
     async def _profile(self, deployment: Deployment) -> Table:
         """Of one model: the others are the same checkpoint."""
         plan, name = self._plan, self._plan.models[0]
-        wanted = Wanted({name: 1024}, plan.batches, plan.lengths, plan.repeat)
+        described = await asyncio.to_thread(describe, deployment.admin)
+        company = plan.models if described.get("decode_lanes", 1) > 1 else ()
+        wanted = Wanted({name: 1024}, plan.batches, plan.lengths, plan.repeat, company=company)
         table = await measure(deployment.gateway, wanted)
-        table[SERVICE] |= await asyncio.to_thread(describe, deployment.admin)
+        table[SERVICE] |= described
         self.tell(f"profiled: {table[SERVICE]}")
         return table
 

@@ -159,7 +159,8 @@ async def measure(checkpoint: Path, folder: Path, seconds: float) -> dict[str, A
     """All of it. `seconds`: of each alternating load."""
     found: dict[str, Any] = {"room": ROOM, "models": len(NAMES)}
     checkpoints = copies(checkpoint, NAMES, folder / "models")
-    for kept, host_budget in (("disk", 0), ("host memory", 3 * SIZE)):
+    # Room for those that sleep, and for one that goes to sleep before another one wakes.
+    for kept, host_budget in (("disk", 0), ("host memory", (len(NAMES) - ROOM + 1) * SIZE)):
         chosen = {"weight_host_budget": host_budget, "weight_cache": folder / "cache"}
         options = tuple(f"--set=worker.{key}={value}" for key, value in chosen.items())
         setup = Setup(checkpoints, ROOM * SIZE, 256 * 2**20, workers=1, cores=None, options=options)

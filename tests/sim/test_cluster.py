@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from muxserve.placement.solver.cost import Service
 from muxserve.placement.solver.placement import Placement, Unit
 from muxserve.placement.solver.workload import Workload
 from muxserve.scheduler import policy as service_policies
 from muxserve.scheduler.policy.adbs import Adbs
-from muxserve.scheduler.policy.interface import Decision, PolicyOptions, Snapshot
+from muxserve.scheduler.policy.interface import Decision, Event, Finished, JobEnded, PolicyOptions, Snapshot
 from muxserve.sim import cluster
 from muxserve.sim.arrivals import Arrival, poisson
 from muxserve.sim.cluster import Outcome, SimOptions, simulate
@@ -110,6 +111,46 @@ def test_every_decision_comes_from_the_policy(monkeypatch: pytest.MonkeyPatch) -
     outcome = run(work, together(work, 0), 10, "watching")
     assert len(asked) == outcome.decisions > 0
     assert asked == sorted(asked)
+
+
+def test_the_policy_is_told_what_the_service_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every job and of every request, and what it asks for of a sequence."""
+    heard: list[Event] = []
+    prompts: set[int] = set()
+
+    class Listening(Adbs):
+        def observe(self, event: Event) -> None:
+            heard.append(event)
+            super().observe(event)
+
+        def decide(self, snapshot: Snapshot, now: float) -> Sequence[Decision]:
+            prompts.update(r.prompt for m in snapshot.models for r in m.running)
+            return super().decide(snapshot, now)
+
+    monkeypatch.setitem(service_policies.POLICIES, "adbs", Listening)
+    work = two_models()
+    outcome = run(work, together(work, 0), 5)
+    ended = {event.sequence: event for event in heard if isinstance(event, Finished)}
+    assert set(ended) == {request.number for request in outcome.requests}
+    for request in outcome.requests:
+        event = ended[request.number]
+        assert (event.model, event.output, event.expired) == (request.model, request.output, False)
+        assert event.seconds == pytest.approx(request.finish - request.arrival)
+    assert any(isinstance(event, JobEnded) for event in heard)
+    assert prompts <= {request.prompt for request in outcome.requests}
+
+
+def test_what_was_measured_of_a_deployment_is_simulated() -> None:
+    measured = Service(0.02, compute_units=2, slots=8, decode_lanes=2, order_seconds=0.005)
+    options = SimOptions(policy="mux").of_service(measured)
+    assert (options.policy, options.compute_units, options.slots) == ("mux", 2, 8)
+    assert (options.decode_lanes, options.order_seconds) == (2, 0.005)
+    work = two_models()
+    plain, late = (
+        simulate(together(work, 0), work, COSTS, [Arrival(1.0, work.models[0].name, 16, 1)], 5, each)
+        for each in (SimOptions(), SimOptions(request_seconds=0.02, order_seconds=0.005))
+    )
+    assert late.requests[0].first == pytest.approx(plain.requests[0].first + 0.02), "its order among them"
 
 
 def test_replicas_share_a_models_queue() -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from muxserve.placement.solver.contention import Beside, bandwidth_use, slowdown
+from muxserve.placement.solver.cost import parse_costs
 from muxserve.placement.solver.shapes import SHAPES
 from muxserve.sim.executor import Executor, Work
 from tests.placement.solver.inputs import COSTS
@@ -124,3 +125,53 @@ def test_one_core_is_shared_by_time() -> None:
     executor.start(prefill)
     executor.start(decode)
     assert executor.next_end() == pytest.approx(seconds("prefill", 0.5), rel=0.3)
+
+
+def test_an_order_takes_its_time_but_for_a_lease_that_goes_on_with_its_model() -> None:
+    executor = Executor(COSTS, 1, order_seconds=0.01)
+    step = seconds("decode", 1.0)
+    lease, next_one = work(1, "decode", steps=4), work(2, "decode", steps=4)
+    executor.start(lease)
+    assert executor.next_end() == pytest.approx(0.01), "nothing runs until it is there"
+    executor.advance(executor.next_end())
+    assert executor.next_end() == pytest.approx(0.01 + 4 * step)
+    executor.advance(executor.next_end())
+    executor.start(next_one)
+    assert executor.next_end() == pytest.approx(0.01 + 8 * step), "it was sent ahead"
+    executor.advance(0.01 + 5.5 * step)
+    executor.end_lease(next_one)
+    executor.advance(executor.next_end())
+    executor.start(work(3, "decode", steps=1))
+    executor.start(prefill := work(4, "prefill"))
+    assert executor.next_end() == pytest.approx(0.02 + 6 * step), "what is ended early is not followed"
+    run(executor)
+    assert prefill.began == pytest.approx(0.02 + 6 * step)
+
+
+def test_decode_jobs_that_run_go_on_when_a_prefill_comes() -> None:
+    executor = Executor(COSTS, 1, units=2, decode_lanes=2)
+    one, other, later = (work(n, "decode", steps=50) for n in (1, 2, 3))
+    other.name, later.name = "n", "o"
+    for each in (one, other):
+        executor.start(each)
+    executor.advance(1e-3)
+    for each in (later, prefill := work(4, "prefill")):
+        executor.start(each)
+    executor.advance(min(executor.next_end(), 2e-3))
+    assert (one.began, other.began, prefill.began) == (0.0, 0.0, 1e-3)
+    assert later.began < 0, "two jobs of three are enough for two cores"
+    assert one.beside == other.beside == pytest.approx(prefill.busy)
+
+
+def test_steps_beside_those_of_another_model_take_what_was_measured_of_that() -> None:
+    cell = {"prefill": 40, "decoding": 30, "together": 20}
+    table = {"llama-7b": {"1": {"100": {"1": {"16": {"prefill": 20, "decoding": 10}}}}}}
+    table["llama-7b"]["1"]["50"] = {"1": {"16": cell}}
+    executor = Executor(parse_costs(table), 1, units=2, decode_lanes=2)
+    one, other = (Work(n, "decode", f"m{n}", "llama-7b", SHAPE, 1, 16, 0.5, 10) for n in (1, 2))
+    executor.start(one)
+    executor.start(other)
+    beside = Beside(0.5, bandwidth_use(SHAPE, 1, 16, 0.02))
+    executor.advance(executor.next_end())
+    assert one.shared == pytest.approx(0.02)
+    assert one.busy == pytest.approx(0.2 * slowdown(beside, beside))

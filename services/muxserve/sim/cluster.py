@@ -16,7 +16,7 @@ from muxserve.sim.arrivals import Arrival
 from muxserve.sim.requests import Request
 from muxserve.sim.unit import Unit
 
-AHEAD = 4
+AHEAD = 16
 """Requests that wait in a unit of the service at most, as a multiple of their model's slots."""
 PROGRESS_EVERY = 2000
 """Events between two reports of progress."""
@@ -39,6 +39,8 @@ class SimOptions:
     """What shares are made of; 0: any share can be had."""
     decode_lanes: int = 1
     """Decode jobs of different models that a unit runs side by side."""
+    order_seconds: float = 0.0
+    """From the end of a job to the beginning of one that is decided on only then."""
     patience: float = 120.0
     """Seconds after the last arrival when the simulation ends, whatever is left."""
     checked: bool = False
@@ -46,7 +48,13 @@ class SimOptions:
 
     def of_service(self, service: Service) -> SimOptions:
         """The same for a deployment that was measured."""
-        changed = replace(self, request_seconds=service.request_seconds, compute_units=service.compute_units)
+        changed = replace(
+            self,
+            request_seconds=service.request_seconds,
+            compute_units=service.compute_units,
+            decode_lanes=service.decode_lanes,
+            order_seconds=service.order_seconds,
+        )
         if not service.slots:
             return changed
         return replace(changed, slots=service.slots, ahead=AHEAD * service.slots)
@@ -108,7 +116,9 @@ class _Cluster:
         requests = [Request(i, a.model, a.time, a.prompt, a.output) for i, a in enumerate(arrivals, 1)]
         end = (arrivals[-1].time if arrivals else 0.0) + self._options.patience
         at, count, now = 0, 0, 0.0
-        events, late = self._events, self._options.request_seconds
+        events = self._events
+        # A request's way includes the order for its first job, which every job has.
+        late = max(0.0, self._options.request_seconds - self._options.order_seconds)
         while True:
             count += 1
             if count % PROGRESS_EVERY == 0:
@@ -198,4 +208,5 @@ class _Cluster:
             lambda request: None,
             self._options.compute_units,
             self._options.decode_lanes,
+            self._options.order_seconds,
         )

@@ -6,6 +6,9 @@ it has its share, and all feel what `contention` says. Where a share is made of 
 both kinds have them in proportion to their shares, decode jobs equal parts of theirs, and every job at least
 one. A decode job is one event, not one per step: its progress is counted in steps, and its speed changes when
 a neighbour comes or goes.
+
+A job takes `order_seconds` from its decision to the device, but for a lease that goes on with the model of
+one that has just run to its end: a scheduler sends such a lease ahead.
 """
 
 from __future__ import annotations
@@ -47,6 +50,8 @@ class Work:
     """Of these, those beside a job of the other kind."""
     together: float = 0.0
     """Of these, those of a decode job beside one of another model."""
+    ready: float = 0.0
+    """When it is at the device."""
     began: float = -1.0
     ending: bool = False
     alone: float = 0.0
@@ -55,6 +60,8 @@ class Work:
     """Seconds of a step with the share `had`."""
     had: float = 0.0
     """The share that it has beside its neighbour."""
+    paired: bool = False
+    """Whether `shared` is beside decode jobs alone."""
 
 
 @dataclass(slots=True)
@@ -67,6 +74,8 @@ class Executor:
     """What shares are made of; 0: any share can be had."""
     decode_lanes: int = 1
     """Decode jobs of different models that run at once."""
+    order_seconds: float = 0.0
+    """See above."""
     lanes: dict[JobKind, deque[Work]] = field(default_factory=lambda: {"prefill": deque(), "decode": deque()})
     now: float = 0.0
     busy: float = 0.0
@@ -75,11 +84,19 @@ class Executor:
     """The jobs that run, and their steps per second."""
     _due: bool = False
     """Whether speeds are to be worked out again."""
+    _coming: float = float("inf")
+    """When the next job gets to the device."""
+    _run_out: dict[str, float] = field(default_factory=dict)
+    """By model, when its last lease has run to its end."""
 
     def start(self, work: Work) -> None:
         """Put a job at the end of its lane. The time is what `advance` was last told."""
         self.lanes[work.kind].append(work)
         self._due = True
+        follows = work.kind == "decode" and self._run_out.get(work.name) == self.now
+        work.ready = self.now if follows else self.now + self.order_seconds
+        if work.ready > self.now:
+            self._coming = min(self._coming, work.ready)
 
     def end_lease(self, work: Work) -> None:
         """Let a decode job end with the step that runs; if it does not run yet, without any."""
@@ -89,11 +106,9 @@ class Executor:
         self._due = True
 
     def next_end(self) -> float:
-        """When a job ends next, if nothing else happens. Infinity: none runs."""
-        return min(
-            (self.now + max(0.0, work.steps - work.done) / speed for work, speed in self._speeds()),
-            default=float("inf"),
-        )
+        """When a job ends next or gets to the device, if nothing else happens. Infinity: there is none."""
+        ends = (self.now + max(0.0, work.steps - work.done) / speed for work, speed in self._speeds())
+        return min(self._coming, min(ends, default=float("inf")))
 
     def advance(self, now: float) -> list[Work]:
         """Let time pass until `now`, no later than `next_end()`; the jobs that have ended, in order."""
@@ -113,12 +128,18 @@ class Executor:
         for work in ended:
             self.lanes[work.kind].remove(work)
             self._due = True
+            if work.kind == "decode" and not work.ending:
+                self._run_out[work.name] = now
+        if now >= self._coming:
+            later = [w.ready for lane in self.lanes.values() for w in lane if w.ready > now]
+            self._coming = min(later, default=float("inf"))
+            self._due = True
         return ended
 
     def _speeds(self) -> list[tuple[Work, float]]:
         if self._due:
             self._due = False
-            prefill = next(iter(self.lanes["prefill"]), None)
+            prefill = next((work for work in self.lanes["prefill"] if work.ready <= self.now), None)
             decoding = self._decoding(prefill)
             running = decoding if prefill is None else [prefill, *decoding]
             for work in running:
@@ -127,18 +148,21 @@ class Executor:
             if len(running) == 1:
                 self._speed = [(running[0], 1 / self._alone(running[0]))]
             else:
-                self._speed = self._together(running, self._shares(prefill, decoding))
+                shares = self._shares(prefill, decoding)
+                self._speed = self._together(running, shares, paired=prefill is None)
         return self._speed
 
     def _decoding(self, prefill: Work | None) -> list[Work]:
-        """The decode jobs that run: those sent first, one of each model, as many as there are lanes."""
+        """The decode jobs that run: those that did, and those sent first, one of each model, as many as there
+        are lanes."""
         room = self.decode_lanes
         if prefill is not None and room > 1:
             # Two jobs on one core would only be in each other's way.
             room = max(1, min(room, self.units - self._threads(prefill.share, 1 - prefill.share)))
-        chosen: dict[str, Work] = {}
-        for work in self.lanes["decode"]:
-            if len(chosen) < room:
+        lane = self.lanes["decode"]
+        chosen = {work.name: work for work in lane if work.began >= 0}
+        for work in lane:
+            if len(chosen) < room and work.ready <= self.now:
                 chosen.setdefault(work.name, work)
         return list(chosen.values())
 
@@ -158,21 +182,27 @@ class Executor:
         rest = [max(1, (self.units - threads) // len(decoding)) / self.units for _ in decoding]
         return [threads / self.units, *rest]
 
-    def _together(self, running: Sequence[Work], shares: Sequence[float]) -> list[tuple[Work, float]]:
-        slower = slowdown(*(self._felt(work, share) for work, share in zip(running, shares, strict=True)))
+    def _together(
+        self, running: Sequence[Work], shares: Sequence[float], paired: bool
+    ) -> list[tuple[Work, float]]:
+        """`paired`: all of them decode."""
+        felt = (self._felt(work, share, paired) for work, share in zip(running, shares, strict=True))
+        slower = slowdown(*felt)
         return [(work, 1 / (work.shared * slower)) for work in running]
 
     def _alone(self, work: Work) -> float:
         if not work.alone:
-            work.alone = self._seconds(work, 1.0)
+            work.alone = self._seconds(work, 1.0, False)
         return work.alone
 
-    def _felt(self, work: Work, share: float) -> Beside:
-        if work.had != share:
-            work.shared, work.had = self._seconds(work, share), share
+    def _felt(self, work: Work, share: float, paired: bool) -> Beside:
+        if work.had != share or work.paired != paired:
+            work.shared = self._seconds(work, share, paired)
+            work.had, work.paired = share, paired
         tokens = work.batch * work.length
         return Beside(share, bandwidth_use(work.shape, self.degree, tokens, work.shared))
 
-    def _seconds(self, work: Work, share: float) -> float:
-        look_up = self.costs.prefill if work.kind == "prefill" else self.costs.decode
+    def _seconds(self, work: Work, share: float, paired: bool) -> float:
+        decode = self.costs.together if paired else self.costs.decode
+        look_up = self.costs.prefill if work.kind == "prefill" else decode
         return max(1e-6, look_up(work.model, self.degree, share, work.batch, work.length))

@@ -46,7 +46,9 @@ class Request:
 
     def begin_running(self) -> None:
         """All tokens known are computed but the last."""
-        self.running = Running(self.number, self.arrival, self.known, self.limit, self.groups)
+        self.running = Running(
+            self.number, self.arrival, self.known, self.limit, self.groups, prompt=self.prompt
+        )
 
     def recompute(self) -> None:
         """Its blocks are gone: it waits for all known tokens to be computed again."""

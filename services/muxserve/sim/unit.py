@@ -19,6 +19,7 @@ from muxserve.scheduler.policy.interface import (
     Decision,
     DecodeJob,
     EndLease,
+    Finished,
     JobEnded,
     ModelSnapshot,
     Policy,
@@ -88,11 +89,12 @@ class Unit:
         finished: Callable[[Request], None],
         compute_units: int = 0,
         decode_lanes: int = 1,
+        order_seconds: float = 0.0,
     ) -> None:
         """`models` with the rates that are expected here. `ahead`: most requests of a model that wait here
         and not in its queue. `finished` is told of requests that are over."""
         self.policy = policy
-        self.executor = Executor(costs, degree, compute_units, decode_lanes)
+        self.executor = Executor(costs, degree, compute_units, decode_lanes, order_seconds)
         self.total = kv_bytes // BLOCK_BYTES
         self.available = self.total
         self.models = {model.name: _books(model, rate, slots) for model, rate in sorted(models, key=_name)}
@@ -384,6 +386,8 @@ class Unit:
         books.open -= 1
         self.available += blocks
         request.finish = at
+        seconds = at - request.arrival
+        self.policy.observe(Finished(request.number, request.model, request.output, request.output, seconds))
         del self._by_number[request.number]
         self._finished(request)
 

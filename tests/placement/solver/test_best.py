@@ -141,6 +141,21 @@ def test_models_that_fit_nowhere_are_left_out(algorithm: Callable[[Workload, Cos
     assert {p.name for unit in placement.units for p in unit.models} == {"small"}
 
 
+@pytest.mark.parametrize("hot", [20, 60, 90])
+def test_no_model_goes_without_a_place_for_the_sake_of_others(hot: float) -> None:
+    """However little of each can be served, and however the rest is judged."""
+    rates = {"hot": ("llama-13b", hot), "warm": ("llama-13b", hot / 2), "cold": ("llama-7b", 0.1)}
+    work = workload(rates, gpus=2)
+    seen: list[Placement] = []
+
+    def judge(placements: Sequence[Placement]) -> list[float]:
+        seen.extend(placements)
+        return [float(len(placement.units)) for placement in placements]
+
+    for placement in (solve(work, COSTS), best(work, COSTS, 2.0, Clock(), judge), *seen):
+        assert {p.name for unit in placement.units for p in unit.models} == {"hot", "warm", "cold"}
+
+
 def test_a_large_model_is_placed_where_others_have_to_make_room_on_several_gpus_at_once() -> None:
     """Two replicas have to go, two GPUs be joined, and the model come: nothing of that helps by itself."""
     rates = {f"m{i}": ("llama-13b", 18.0) for i in range(4)} | {"large": ("llama-65b", 0.5)}

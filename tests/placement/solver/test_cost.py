@@ -124,9 +124,15 @@ def test_shapes_have_the_sizes_that_their_names_promise() -> None:
 def test_a_table_may_say_what_the_service_adds() -> None:
     cells = {"1": {"100": {"1": {"16": {"prefill": 10, "decoding": 5}}}}}
     assert parse_costs({"m": cells}).service == Service()
-    said = {"request_seconds": 0.01, "compute_units": 2, "slots": 64, "decode_lanes": 2}
+    said = {
+        "request_seconds": 0.01,
+        "compute_units": 2,
+        "slots": 64,
+        "decode_lanes": 2,
+        "order_seconds": 0.002,
+    }
     costs = parse_costs({"$service": said, "m": cells})
-    assert costs.service == Service(0.01, 2, 64, 2)
+    assert costs.service == Service(0.01, 2, 64, 2, 0.002)
     assert costs.models == ["m"]
     for wrong in ({"speed": 1}, {"slots": -1}, {"slots": "many"}, {"slots": True}, 3):
         with pytest.raises(CostError, match=r"\$service"):

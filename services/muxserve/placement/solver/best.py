@@ -58,7 +58,7 @@ def best(
     close = objective.score(found[0].state) - CLOSE * workload.rate
     rivals = [b for b in baselines if objective.score(as_state(b, objective)) >= close]
     others = [objective.placement(each.state) for each in found[1 : 2 * FINALISTS]]
-    candidates = _distinct([first, *rivals, *others])[: len(rivals) + FINALISTS]
+    candidates = _complete(_distinct([first, *rivals, *others]))[: len(rivals) + FINALISTS]
     scores = judge(candidates)
     return candidates[max(range(len(candidates)), key=lambda i: scores[i])]
 
@@ -95,6 +95,12 @@ def _empty(objective: Objective) -> State:
     return tuple(
         (Mesh(k, 1), frozenset()) for k, kind in enumerate(objective.kinds) for _ in range(kind.total)
     )
+
+
+def _complete(placements: Sequence[Placement]) -> list[Placement]:
+    """Those that have a place for the most models."""
+    present = [len({placed.name for unit in p.units for placed in unit.models}) for p in placements]
+    return [p for p, count in zip(placements, present, strict=True) if count == max(present)]
 
 
 def _distinct(placements: Sequence[Placement]) -> list[Placement]:

@@ -1,7 +1,8 @@
 """`CostModel`: how long prefill and decode jobs take. Measured where there is a table, else predicted.
 
 Table (JSON): model → tensor parallel → SM % → batch → length → `{"prefill": ms, "decoding": ms}`, -1 where
-nothing was measured. `length` is the prompt's for prefill, and the tokens known so far for decode.
+nothing was measured. `length` is the prompt's for prefill, and the tokens known so far for decode. There may
+be `"together"` as well, of decode steps beside those of another model.
 
 Beside models the table may have `"$service"`, what else was measured of a deployment: see `Service`.
 
@@ -25,8 +26,9 @@ from muxserve.placement.solver.shapes import Shape
 
 DISTURBED = 1.25
 """A cell that took this many times as long as a larger one is not believed."""
-KINDS = {"prefill": "prefill", "decode": "decoding"}
-"""Kind of job to the table's name for it."""
+KINDS = {"prefill": "prefill", "decode": "decoding", "together": "together"}
+"""Kind of job to the table's name for it. Decode jobs of two models run "together": a table need not have
+that."""
 
 
 SERVICE = "$service"
@@ -50,6 +52,8 @@ class Service:
     """Sequences of a model that a unit runs at once. 0: not known."""
     decode_lanes: int = 1
     """Decode jobs of different models that run side by side."""
+    order_seconds: float = 0.0
+    """From the end of a job to the beginning of one that is decided on only then."""
 
 
 class CostModel(Protocol):
@@ -66,6 +70,9 @@ class CostModel(Protocol):
 
     def decode(self, model: str, degree: int, share: float, batch: float, context: float) -> float:
         """Seconds of a step of `batch` sequences that know `context` tokens each."""
+
+    def together(self, model: str, degree: int, share: float, batch: float, context: float) -> float:
+        """The same beside decode jobs of other models, and no prefill job."""
 
 
 class Surface:
@@ -150,6 +157,11 @@ class TableCosts:
         """See `CostModel`."""
         return self._surfaces[model, degree, "decode"].at(share, batch, context)
 
+    def together(self, model: str, degree: int, share: float, batch: float, context: float) -> float:
+        """See `CostModel`. Where that was not measured, as beside a prefill job."""
+        measured = self._surfaces.get((model, degree, "together"))
+        return (measured or self._surfaces[model, degree, "decode"]).at(share, batch, context)
+
 
 def read_costs(path: Path) -> TableCosts:
     """Read a table. CostError: what is wrong with it."""
@@ -175,7 +187,7 @@ def parse_costs(document: Any) -> TableCosts:
             }
             if cells:
                 surfaces[model, degree, kind] = Surface(cells, kind == "prefill")
-        if not all((model, degree, kind) in surfaces for kind in KINDS):
+        if not all((model, degree, kind) in surfaces for kind in ("prefill", "decode")):
             raise CostError(f"{model}.{degree}: nothing was measured")
     if not surfaces:
         raise CostError("the table is empty")
@@ -185,7 +197,13 @@ def parse_costs(document: Any) -> TableCosts:
 def _service(document: Any) -> Service:
     if not isinstance(document, dict) or SERVICE not in document:
         return Service()
-    known = {"request_seconds": float, "compute_units": int, "slots": int, "decode_lanes": int}
+    known = {
+        "request_seconds": float,
+        "compute_units": int,
+        "slots": int,
+        "decode_lanes": int,
+        "order_seconds": float,
+    }
     found: dict[str, Any] = {}
     for key, value in _items(document[SERVICE], SERVICE):
         if key not in known:

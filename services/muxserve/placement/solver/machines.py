@@ -102,6 +102,10 @@ class MachineCosts:
         batch = max(1.0, batch)
         return self.decode_factor * self._seconds(self.footprints[model], share, batch, batch * context)
 
+    def together(self, model: str, degree: int, share: float, batch: float, context: float) -> float:
+        """See `CostModel`."""
+        return self.decode(model, degree, share, batch, context)
+
     def _seconds(self, model: Footprint, share: float, rows: float, kv_tokens: float) -> float:
         device = self.device
         compute = 2 * model.active_parameters * rows / (device.flops * share)

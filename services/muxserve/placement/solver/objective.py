@@ -24,7 +24,8 @@ STARVED = 0.6
 """A model that is worth less than this, of 1, to its users starves."""
 HUNGER = 6.0
 """What that costs at worst, in rates of the mean model: more than serving any one of them gains."""
-
+ABSENT = 1.0
+"""What a model costs that has no place, in rates of all of them: to serve all others does not make up for it."""
 
 UNEVEN = 1.3
 """By what a token takes longer than a turn where models take turns: prompts that end cut turns short."""
@@ -87,7 +88,8 @@ class Objective:
             return float("-inf")
         rates = sum(m.rate * w for m, w in zip(self.models, worth, strict=True))
         starving = sum(max(0.0, 1 - w / STARVED) for w in worth)
-        return rates + self._usual * (FAIRNESS * sum(worth) - HUNGER * starving)
+        absent = (len(worth) - len(replicas)) * ABSENT * self.workload.rate
+        return rates + self._usual * (FAIRNESS * sum(worth) - HUNGER * starving) - absent
 
     def _worth(self, mesh: Mesh, members: tuple[tuple[int, int], ...]) -> list[float]:
         """Of a request of each member."""

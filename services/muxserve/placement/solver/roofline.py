@@ -82,6 +82,10 @@ class Roofline:
         moved = shape.active_parameters * ITEM + shape.kv_bytes * batch * context
         return self._seconds(shape, degree, share, flops, moved, batch) + self.device.token_overhead * batch
 
+    def together(self, model: str, degree: int, share: float, batch: float, context: float) -> float:
+        """See `CostModel`."""
+        return self.decode(model, degree, share, batch, context)
+
     def _seconds(
         self, shape: Shape, degree: int, share: float, flops: float, moved: float, rows: float
     ) -> float:
@@ -125,6 +129,10 @@ class Costs:
     def decode(self, model: str, degree: int, share: float, batch: float, context: float) -> float:
         """See `CostModel`."""
         return self._of(model).decode(model, degree, share, batch, context)
+
+    def together(self, model: str, degree: int, share: float, batch: float, context: float) -> float:
+        """See `CostModel`."""
+        return self._of(model).together(model, degree, share, batch, context)
 
     def _of(self, model: str) -> CostModel:
         return self.table if model in self.measured else self.predicted
