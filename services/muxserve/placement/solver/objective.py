@@ -25,8 +25,7 @@ STARVED = 0.6
 HUNGER = 6.0
 """What that costs at worst, in rates of the mean model: more than serving any one of them gains."""
 ABSENT = 1.0
-"""What a model costs that has no place, in rates of all of them: to serve all others does not make up for it."""
-
+"""What a model without a place costs, in rates of all models: serving the others does not make up for it."""
 UNEVEN = 1.3
 """By what a token takes longer than a turn where models take turns: prompts that end cut turns short."""
 
