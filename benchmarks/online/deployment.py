@@ -18,7 +18,9 @@ import psutil
 
 from benchmarks.engine.contender import ContenderFailed
 from benchmarks.engine.machine import tree
+from benchmarks.online.arrangement import Loaded, next_move
 from benchmarks.serving import Serving
+from muxserve.placement.advisor_situation import Move
 from muxserve.v1 import admin_pb2, admin_pb2_grpc, inference_pb2
 
 READY_LIMIT = 300.0
@@ -87,46 +89,57 @@ class Deployment:
         """The one in force."""
         return (await self.stub.GetPlacement(admin_pb2.GetPlacementRequest(), timeout=10)).placement
 
-    async def loaded(self) -> dict[str, set[str]]:
+    async def loaded(self) -> dict[str, frozenset[str]]:
         """Workers by model that is ready there."""
-        found: dict[str, set[str]] = {}
+        found: dict[str, frozenset[str]] = {}
         for unit in (await self.placement()).units:
             for placed in unit.models:
-                at = found.setdefault(placed.config.name, set())
-                if placed.state == inference_pb2.MODEL_STATE_READY:
-                    at.add(unit.worker_id)
+                ready = placed.state == inference_pb2.MODEL_STATE_READY
+                at = frozenset({unit.worker_id} if ready else ())
+                found[placed.config.name] = found.get(placed.config.name, frozenset()) | at
         return found
 
-    async def arrange(self, wanted: Mapping[str, set[str]]) -> None:
-        """Load and unload by hand until models are where they are wanted. Raises ContenderFailed."""
-        end = time.monotonic() + MOVE_LIMIT
+    async def workers(self) -> list[str]:
+        """By id."""
+        return sorted(unit.worker_id for unit in (await self.placement()).units)
+
+    async def arrange(self, wanted: Loaded, room: int) -> None:
+        """Load, move and unload by hand until models are where they are wanted. `room`: models of a worker.
+        Raises ContenderFailed."""
+        end, problem = time.monotonic() + MOVE_LIMIT, ""
         while (loaded := await self.loaded()) != wanted:
+            move = next_move(loaded, wanted, room)
             if time.monotonic() > end:
-                raise ContenderFailed(f"the placement is {loaded}, and was to be {wanted}")
-            with suppress(grpc.aio.AioRpcError):
-                await self._arrange(loaded, wanted)
+                raise ContenderFailed(
+                    f"models are on {loaded}, and were to be on {wanted}: {problem or move}"
+                )
+            if move is not None:
+                try:
+                    await self.move(move)
+                except grpc.aio.AioRpcError as error:  # a migration is under way, or ends only now
+                    problem = error.details() or ""
             await asyncio.sleep(LOOK)
 
-    async def _arrange(self, loaded: Mapping[str, set[str]], wanted: Mapping[str, set[str]]) -> None:
-        """Replicas that are not wanted make room first."""
-        for model, at in loaded.items():
-            for worker in sorted(at - wanted[model]) if at & wanted[model] else ():
-                request = admin_pb2.AdminServiceUnloadModelRequest(
-                    model=model, worker=worker, drain_seconds=0
-                )
-                await _finish(self.stub.UnloadModel(request, timeout=MOVE_LIMIT))
-                return
-        for model, at in loaded.items():
-            for target in sorted(wanted[model] - at):
-                source = next(iter(sorted(at - wanted[model])), "")
-                if source:
-                    move = admin_pb2.Move(model=model, source_worker=source, target_worker=target)
-                    rebalance = admin_pb2.RebalanceRequest(moves=[move], drain_seconds=0)
-                    await _finish(self.stub.Rebalance(rebalance, timeout=MOVE_LIMIT))
-                else:
-                    load = admin_pb2.AdminServiceLoadModelRequest(model=model, worker=target)
-                    await _finish(self.stub.LoadModel(load, timeout=MOVE_LIMIT))
-                return
+    async def move(self, move: Move) -> None:
+        """At once, without waiting for what runs. Raises AioRpcError."""
+        if not move.source:
+            load = admin_pb2.AdminServiceLoadModelRequest(model=move.model, worker=move.target)
+            await _finish(self.stub.LoadModel(load, timeout=MOVE_LIMIT))
+        elif not move.target:
+            unload = admin_pb2.AdminServiceUnloadModelRequest(
+                model=move.model, worker=move.source, drain_seconds=0
+            )
+            await _finish(self.stub.UnloadModel(unload, timeout=MOVE_LIMIT))
+        else:
+            asked = admin_pb2.Move(model=move.model, source_worker=move.source, target_worker=move.target)
+            rebalance = admin_pb2.RebalanceRequest(moves=[asked], drain_seconds=0)
+            await _finish(self.stub.Rebalance(rebalance, timeout=MOVE_LIMIT))
+
+    async def rebalance(self) -> int:
+        """As `muxserve rebalance` does: have done what placement plans, if that is worthwhile; how many
+        migrations that were. Raises AioRpcError."""
+        call = self.stub.Rebalance(admin_pb2.RebalanceRequest(), timeout=MOVE_LIMIT)
+        return len({response.event.migration.id async for response in call})
 
     async def watch(self, begin: float, history: list[dict[str, Any]]) -> None:
         """Note every change of who serves what and how far migrations are, until cancelled. Times are

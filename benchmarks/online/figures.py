@@ -1,0 +1,73 @@
+"""From what was measured to figures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.online import judging
+from benchmarks.online.experiment import Flip, Found, Plan
+
+RESTORED = 0.9
+"""Part of the best static placement's goodput that counts as recovered."""
+
+
+def judge(plan: Plan, found: Found) -> dict[str, Any]:
+    """The summary, and all that it comes from."""
+    slo = found.slo
+    warm = plan.static / 4  # until then queues have not formed
+    met = {
+        name: judging.part(streams, slo, warm, plan.static) for name, (_, streams) in found.statics.items()
+    }
+    best = max(met, key=lambda name: met[name])
+    summary = {
+        "rate": round(found.rate, 3),
+        "best_static": best,
+        "met_static": {name: round(value, 4) for name, value in met.items()},
+        "goodput_static": round(judging.goodput(found.statics[best][1], slo, warm, plan.static), 3),
+        "by_advisor": _flip(plan, found, found.by_advisor, RESTORED * met[best]),
+        "by_hand": _flip(plan, found, found.by_hand, RESTORED * met[best]) | {"asked": found.by_hand.asked},
+    }
+    return {
+        "summary": summary,
+        "runs": {
+            name: {
+                "flip": flip.flip,
+                "end": flip.end,
+                "history": flip.history,
+                "series": judging.series(flip.run.streams, slo, flip.end, plan.width),
+                "streams": judging.raw(flip.run.streams),
+            }
+            for name, flip in (("by_advisor", found.by_advisor), ("by_hand", found.by_hand))
+        },
+        "statics": {
+            name: {
+                "placement": {model: sorted(at) for model, at in placement.items()},
+                "streams": judging.raw(streams),
+            }
+            for name, (placement, streams) in found.statics.items()
+        },
+        "unloaded": asdict(next(iter(slo.unloaded.values()))),
+    }
+
+
+def _flip(plan: Plan, found: Found, flip: Flip, wanted: float) -> dict[str, Any]:
+    """`wanted`: part of the requests that are to meet their objective."""
+    streams, slo = flip.run.streams, found.slo
+    settled = flip.end - (flip.end - flip.flip) / 2
+    recovered = judging.recovery(streams, slo, flip.flip, flip.end, wanted, plan.width)
+    loads: dict[str, float] = {}
+    for change in flip.history:
+        if "migration" in change and change["migration"]["phase"] == "loading":
+            loads.setdefault(change["migration"]["id"], change["at"])
+    return {
+        "recovered_after_s": recovered if recovered != float("inf") else None,
+        "met_before": round(judging.part(streams, slo, flip.flip / 2, flip.flip), 4),
+        "met_first_seconds": round(judging.part(streams, slo, flip.flip, flip.flip + plan.width), 4),
+        "met_after": round(judging.part(streams, slo, settled, flip.end), 4),
+        "goodput_before": round(judging.goodput(streams, slo, flip.flip / 2, flip.flip), 3),
+        "goodput_after": round(judging.goodput(streams, slo, settled, flip.end), 3),
+        "loads_after_s": [round(at - flip.flip, 1) for at in loads.values() if at >= flip.flip],
+        "accounts": judging.accounts(streams),
+        "pauses": judging.pauses(streams, judging.migration_spans(flip.history)),
+    }

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.online.arrangement import Loaded, first_on_all, fits, next_move
+
+MODELS, WORKERS, ROOM = ["m0", "m1", "m2", "m3", "m4"], ["w0", "w1"], 3
+
+PLACES = st.sampled_from([frozenset({"w0"}), frozenset({"w1"}), frozenset(WORKERS)])
+PLACEMENTS = st.fixed_dictionaries(dict.fromkeys(MODELS, PLACES)).filter(lambda loaded: fits(loaded, ROOM))
+
+
+@given(PLACEMENTS, PLACEMENTS)
+def test_moves_lead_there_and_leave_no_model_without_a_place(loaded: Loaded, wanted: Loaded) -> None:
+    moves = 0
+    while (move := next_move(loaded, wanted, ROOM)) is not None:
+        at = (loaded[move.model] | {move.target}) - {move.source, ""}
+        loaded = {**loaded, move.model: at}
+        assert all(loaded.values()) and fits(loaded, ROOM)
+        moves += 1
+        assert moves <= 3 * len(MODELS)
+    assert loaded == wanted
+
+
+@given(PLACEMENTS)
+def test_the_first_model_is_everywhere_and_others_stay_where_there_is_room(loaded: Loaded) -> None:
+    found = first_on_all(loaded, MODELS[::-1], WORKERS, ROOM)
+    assert found["m4"] == frozenset(WORKERS) and fits(found, ROOM)
+    assert all(len(at) == 1 for model, at in found.items() if model != "m4")
+    alone = {model: at for model, at in loaded.items() if model != "m4" and len(at) == 1}
+    if fits({**alone, "m4": frozenset(WORKERS)}, ROOM):
+        assert all(found[model] == at for model, at in alone.items())
