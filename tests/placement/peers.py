@@ -13,6 +13,7 @@ from muxserve.common.errors import AlreadyExists, FailedPrecondition, InvalidArg
 from muxserve.common.registry import Registry, entry_of_this_process
 from muxserve.common.rpc import RpcServer
 from muxserve.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from muxserve.worker.fence import Fence
 
 MIB = 2**20
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,6 +40,7 @@ class PeerWorker(worker_pb2_grpc.WorkerServiceServicer):
         """Whether loading fails for good."""
         self.open: dict[str, int] = {}
         """Sequences that are open, by model."""
+        self.fence = Fence()
         self.release = asyncio.Event()
         """Cleared: loading does not end."""
         self.release.set()
@@ -72,6 +74,7 @@ class PeerWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def LoadModel(
         self, request: worker_pb2.LoadModelRequest, context: Context
     ) -> worker_pb2.LoadModelResponse:
+        self.fence.admit(request.epoch)
         model = request.model
         self.loads.append(model.name)
         await self.release.wait()
@@ -85,10 +88,17 @@ class PeerWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def UnloadModel(
         self, request: worker_pb2.UnloadModelRequest, context: Context
     ) -> worker_pb2.UnloadModelResponse:
+        self.fence.admit(request.epoch)
         if self.stuck or self.open.get(request.model):
             raise FailedPrecondition(f"{request.model} has open sequences")
         self.loaded.pop(request.model, None)
         return worker_pb2.UnloadModelResponse()
+
+    async def AnnounceEpoch(
+        self, request: worker_pb2.AnnounceEpochRequest, context: Context
+    ) -> worker_pb2.AnnounceEpochResponse:
+        self.fence.hear(request.epoch)
+        return worker_pb2.AnnounceEpochResponse(epoch=self.fence.epoch)
 
     @asynccontextmanager
     async def serve(self, registry: Registry, bind: str = "127.0.0.1:0") -> AsyncIterator[str]:

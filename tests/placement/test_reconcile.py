@@ -6,15 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
+import pytest
 from redis.asyncio import Redis
 
 from muxserve.common.documents import PlacementStore
+from muxserve.common.errors import Aborted
 from muxserve.common.registry import Registry
-from muxserve.placement.document import FAILED, LOADING, READY
+from muxserve.placement.document import FAILED, LOADING, READY, Place, Plan, PlannedModel
+from muxserve.placement.errands import Errands
 from muxserve.placement.reconcile import Reconciler
 from muxserve.placement.settings import PlacementSettings
 from muxserve.placement.workers import WorkerCalls
-from muxserve.v1 import admin_pb2
+from muxserve.v1 import admin_pb2, common_pb2
 from tests.placement.peers import PeerWorker, eventually
 from tests.support.valkey import ValkeyProcess
 
@@ -178,3 +181,53 @@ async def test_a_document_that_redis_lost_is_written_again(redis_client: Redis) 
         before = await until(redis_client, lambda p: states(p) == {"a": READY})
         await redis_client.flushall()
         await until(redis_client, lambda p: p.epoch > before.epoch and states(p) == {"a": READY})
+
+
+async def test_whoever_takes_the_document_over_has_what_follows_from_the_older_one_refused(
+    redis_client: Redis,
+) -> None:
+    worker, models = PeerWorker("worker-0"), {"a": "100"}
+    async with worker.serve(Registry(redis_client)) as address:
+        async with placing(redis_client, models):
+            before = await until(redis_client, lambda p: states(p) == {"a": READY})
+        async with placing(redis_client, models):
+
+            async def told() -> bool:
+                return worker.fence.epoch > before.epoch
+
+            await eventually(told)
+        calls = WorkerCalls(load_timeout=10)
+        with pytest.raises(Aborted, match="there is a placement"):
+            await calls.unload(address, "a", before.epoch)
+        await calls.close()
+    assert worker.loads == ["a"] and list(worker.loaded) == ["a"]
+
+
+async def test_a_load_that_follows_from_an_older_document_changes_nothing(redis_client: Redis) -> None:
+    worker = PeerWorker("worker-0")
+    plan = Plan({"a": PlannedModel(common_pb2.ModelConfig(name="a", path="100"))})
+    place = plan.models["a"].add(Place("worker-0"))
+    refused = asyncio.Event()
+    async with worker.serve(Registry(redis_client)) as address:
+        calls, entry = WorkerCalls(load_timeout=10), admin_pb2.ServiceEntry(id="worker-0", address=address)
+        errands = Errands(calls, refused.set, lambda epoch: None)
+        worker.fence.hear(8)
+        errands.follow(plan, {"worker-0": entry}, 7)
+        await asyncio.wait_for(refused.wait(), 10)
+        assert not worker.loads and place.state == LOADING
+        errands.follow(plan, {"worker-0": entry}, 8)
+
+        async def loaded() -> bool:
+            return place.state == READY
+
+        await eventually(loaded)
+        await errands.close()
+        await calls.close()
+
+
+async def test_epochs_go_on_from_those_of_workers_where_the_document_is_lost(redis_client: Redis) -> None:
+    worker = PeerWorker("worker-0")
+    worker.fence.hear(100)
+    async with worker.serve(Registry(redis_client)), placing(redis_client, {"a": "100"}):
+        placement = await until(redis_client, lambda p: states(p) == {"a": READY})
+    assert placement.epoch > 100

@@ -182,3 +182,19 @@ async def test_weights_that_turn_bad_while_they_load_are_refused(
     code, found, text = await fault(worker.load("rotten", copy))
     assert code is Code.INVALID_ARGUMENT, text
     assert found
+
+
+async def test_orders_that_follow_from_an_older_placement_are_refused(llama: Path) -> None:
+    async with running_worker() as worker:
+        model = common_pb2.ModelConfig(name="llama", path=str(llama))
+        await worker.stub.LoadModel(worker_pb2.LoadModelRequest(model=model, epoch=5))
+        announced = await worker.stub.AnnounceEpoch(worker_pb2.AnnounceEpochRequest(epoch=7))
+        assert announced.epoch == 7
+        for epoch in (0, 6):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await worker.stub.UnloadModel(worker_pb2.UnloadModelRequest(model="llama", epoch=epoch))
+            assert refused.value.code() is grpc.StatusCode.ABORTED
+        assert [each.model for each in (await worker.info()).models] == ["llama"]
+        await worker.stub.UnloadModel(worker_pb2.UnloadModelRequest(model="llama", epoch=8))
+        late = await worker.stub.AnnounceEpoch(worker_pb2.AnnounceEpochRequest(epoch=7))
+        assert late.epoch == 8

@@ -27,6 +27,10 @@ if _version_not_supported:
 
 class WorkerServiceStub(object):
     """A mesh: its arena, executors, weights. Called by schedulers (Jobs) and placement (the rest).
+
+    Loads and unloads follow from a placement document and name its epoch. A worker takes none that follow from a document
+    older than the newest it has heard of, so that a placement process that was replaced while it stood still changes
+    nothing when it goes on.
     """
 
     def __init__(self, channel):
@@ -55,6 +59,11 @@ class WorkerServiceStub(object):
                 request_serializer=muxserve_dot_v1_dot_worker__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=muxserve_dot_v1_dot_worker__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.AnnounceEpoch = channel.unary_unary(
+                '/muxserve.v1.WorkerService/AnnounceEpoch',
+                request_serializer=muxserve_dot_v1_dot_worker__pb2.AnnounceEpochRequest.SerializeToString,
+                response_deserializer=muxserve_dot_v1_dot_worker__pb2.AnnounceEpochResponse.FromString,
+                _registered_method=True)
         self.Jobs = channel.stream_stream(
                 '/muxserve.v1.WorkerService/Jobs',
                 request_serializer=muxserve_dot_v1_dot_worker__pb2.JobsRequest.SerializeToString,
@@ -64,6 +73,10 @@ class WorkerServiceStub(object):
 
 class WorkerServiceServicer(object):
     """A mesh: its arena, executors, weights. Called by schedulers (Jobs) and placement (the rest).
+
+    Loads and unloads follow from a placement document and name its epoch. A worker takes none that follow from a document
+    older than the newest it has heard of, so that a placement process that was replaced while it stood still changes
+    nothing when it goes on.
     """
 
     def GetInfo(self, request, context):
@@ -84,7 +97,7 @@ class WorkerServiceServicer(object):
     def LoadModel(self, request, context):
         """Loads a model; returns when jobs can use it. Idempotent: two calls for one model share one load.
         INVALID_ARGUMENT as above. RESOURCE_EXHAUSTED: weights do not fit. ALREADY_EXISTS: the name is loaded with another
-        checkpoint or dtype.
+        checkpoint or dtype. ABORTED: there is a newer placement document, or the model was unloaded meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +105,15 @@ class WorkerServiceServicer(object):
 
     def UnloadModel(self, request, context):
         """Unloads a model after its sequences are gone. NOT_FOUND: not loaded. FAILED_PRECONDITION: sequences are open.
+        ABORTED: there is a newer placement document.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AnnounceEpoch(self, request, context):
+        """Says that there is a placement document of this epoch: what follows from older ones is refused from now on. Called by
+        a placement process that takes the document over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +150,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=muxserve_dot_v1_dot_worker__pb2.UnloadModelRequest.FromString,
                     response_serializer=muxserve_dot_v1_dot_worker__pb2.UnloadModelResponse.SerializeToString,
             ),
+            'AnnounceEpoch': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnnounceEpoch,
+                    request_deserializer=muxserve_dot_v1_dot_worker__pb2.AnnounceEpochRequest.FromString,
+                    response_serializer=muxserve_dot_v1_dot_worker__pb2.AnnounceEpochResponse.SerializeToString,
+            ),
             'Jobs': grpc.stream_stream_rpc_method_handler(
                     servicer.Jobs,
                     request_deserializer=muxserve_dot_v1_dot_worker__pb2.JobsRequest.FromString,
@@ -143,6 +170,10 @@ def add_WorkerServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class WorkerService(object):
     """A mesh: its arena, executors, weights. Called by schedulers (Jobs) and placement (the rest).
+
+    Loads and unloads follow from a placement document and name its epoch. A worker takes none that follow from a document
+    older than the newest it has heard of, so that a placement process that was replaced while it stood still changes
+    nothing when it goes on.
     """
 
     @staticmethod
@@ -243,6 +274,33 @@ class WorkerService(object):
             '/muxserve.v1.WorkerService/UnloadModel',
             muxserve_dot_v1_dot_worker__pb2.UnloadModelRequest.SerializeToString,
             muxserve_dot_v1_dot_worker__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnnounceEpoch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/muxserve.v1.WorkerService/AnnounceEpoch',
+            muxserve_dot_v1_dot_worker__pb2.AnnounceEpochRequest.SerializeToString,
+            muxserve_dot_v1_dot_worker__pb2.AnnounceEpochResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,12 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class WorkerServiceStub:
-    """A mesh: its arena, executors, weights. Called by schedulers (Jobs) and placement (the rest)."""
+    """A mesh: its arena, executors, weights. Called by schedulers (Jobs) and placement (the rest).
+
+    Loads and unloads follow from a placement document and name its epoch. A worker takes none that follow from a document
+    older than the newest it has heard of, so that a placement process that was replaced while it stood still changes
+    nothing when it goes on.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -42,10 +47,16 @@ class WorkerServiceStub:
     LoadModel: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LoadModelRequest, _worker_pb2.LoadModelResponse]
     """Loads a model; returns when jobs can use it. Idempotent: two calls for one model share one load.
     INVALID_ARGUMENT as above. RESOURCE_EXHAUSTED: weights do not fit. ALREADY_EXISTS: the name is loaded with another
-    checkpoint or dtype.
+    checkpoint or dtype. ABORTED: there is a newer placement document, or the model was unloaded meanwhile.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnloadModelRequest, _worker_pb2.UnloadModelResponse]
-    """Unloads a model after its sequences are gone. NOT_FOUND: not loaded. FAILED_PRECONDITION: sequences are open."""
+    """Unloads a model after its sequences are gone. NOT_FOUND: not loaded. FAILED_PRECONDITION: sequences are open.
+    ABORTED: there is a newer placement document.
+    """
+    AnnounceEpoch: _grpc.UnaryUnaryMultiCallable[_worker_pb2.AnnounceEpochRequest, _worker_pb2.AnnounceEpochResponse]
+    """Says that there is a placement document of this epoch: what follows from older ones is refused from now on. Called by
+    a placement process that takes the document over.
+    """
     Jobs: _grpc.StreamStreamMultiCallable[_worker_pb2.JobsRequest, _worker_pb2.JobsResponse]
     """Runs jobs. One stream per scheduler; a worker accepts one at a time, a newer unit lease (higher epoch) replaces an
     older one. When the stream ends its sequences are freed. ABORTED: replaced by a newer stream.
@@ -53,7 +64,12 @@ class WorkerServiceStub:
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
-    """A mesh: its arena, executors, weights. Called by schedulers (Jobs) and placement (the rest)."""
+    """A mesh: its arena, executors, weights. Called by schedulers (Jobs) and placement (the rest).
+
+    Loads and unloads follow from a placement document and name its epoch. A worker takes none that follow from a document
+    older than the newest it has heard of, so that a placement process that was replaced while it stood still changes
+    nothing when it goes on.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetInfo: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetInfoRequest, _worker_pb2.GetInfoResponse]  # type: ignore[assignment]
@@ -65,17 +81,28 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     LoadModel: _aio.UnaryUnaryMultiCallable[_worker_pb2.LoadModelRequest, _worker_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Loads a model; returns when jobs can use it. Idempotent: two calls for one model share one load.
     INVALID_ARGUMENT as above. RESOURCE_EXHAUSTED: weights do not fit. ALREADY_EXISTS: the name is loaded with another
-    checkpoint or dtype.
+    checkpoint or dtype. ABORTED: there is a newer placement document, or the model was unloaded meanwhile.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnloadModelRequest, _worker_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Unloads a model after its sequences are gone. NOT_FOUND: not loaded. FAILED_PRECONDITION: sequences are open."""
+    """Unloads a model after its sequences are gone. NOT_FOUND: not loaded. FAILED_PRECONDITION: sequences are open.
+    ABORTED: there is a newer placement document.
+    """
+    AnnounceEpoch: _aio.UnaryUnaryMultiCallable[_worker_pb2.AnnounceEpochRequest, _worker_pb2.AnnounceEpochResponse]  # type: ignore[assignment]
+    """Says that there is a placement document of this epoch: what follows from older ones is refused from now on. Called by
+    a placement process that takes the document over.
+    """
     Jobs: _aio.StreamStreamMultiCallable[_worker_pb2.JobsRequest, _worker_pb2.JobsResponse]  # type: ignore[assignment]
     """Runs jobs. One stream per scheduler; a worker accepts one at a time, a newer unit lease (higher epoch) replaces an
     older one. When the stream ends its sequences are freed. ABORTED: replaced by a newer stream.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """A mesh: its arena, executors, weights. Called by schedulers (Jobs) and placement (the rest)."""
+    """A mesh: its arena, executors, weights. Called by schedulers (Jobs) and placement (the rest).
+
+    Loads and unloads follow from a placement document and name its epoch. A worker takes none that follow from a document
+    older than the newest it has heard of, so that a placement process that was replaced while it stood still changes
+    nothing when it goes on.
+    """
 
     @_abc_1.abstractmethod
     def GetInfo(
@@ -103,7 +130,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_worker_pb2.LoadModelResponse, _abc.Awaitable[_worker_pb2.LoadModelResponse]]:
         """Loads a model; returns when jobs can use it. Idempotent: two calls for one model share one load.
         INVALID_ARGUMENT as above. RESOURCE_EXHAUSTED: weights do not fit. ALREADY_EXISTS: the name is loaded with another
-        checkpoint or dtype.
+        checkpoint or dtype. ABORTED: there is a newer placement document, or the model was unloaded meanwhile.
         """
 
     @_abc_1.abstractmethod
@@ -112,7 +139,19 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.UnloadModelResponse, _abc.Awaitable[_worker_pb2.UnloadModelResponse]]:
-        """Unloads a model after its sequences are gone. NOT_FOUND: not loaded. FAILED_PRECONDITION: sequences are open."""
+        """Unloads a model after its sequences are gone. NOT_FOUND: not loaded. FAILED_PRECONDITION: sequences are open.
+        ABORTED: there is a newer placement document.
+        """
+
+    @_abc_1.abstractmethod
+    def AnnounceEpoch(
+        self,
+        request: _worker_pb2.AnnounceEpochRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.AnnounceEpochResponse, _abc.Awaitable[_worker_pb2.AnnounceEpochResponse]]:
+        """Says that there is a placement document of this epoch: what follows from older ones is refused from now on. Called by
+        a placement process that takes the document over.
+        """
 
     @_abc_1.abstractmethod
     def Jobs(

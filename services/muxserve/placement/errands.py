@@ -11,6 +11,7 @@ from typing import Any, Literal
 import structlog
 
 from muxserve.common.errors import (
+    Aborted,
     AlreadyExists,
     Cancelled,
     FailedPrecondition,
@@ -45,17 +46,22 @@ class Errand:
 
 
 class Errands:
-    """One call at a time for each place. They change the plan when they end, and call `wake`."""
+    """One call at a time for each place. They change the plan when they end, and call `wake`. Each names the
+    epoch of the document that it follows from; a worker that has heard of a newer one refuses it."""
 
-    def __init__(self, calls: WorkerCalls, wake: Callable[[], None]) -> None:
+    def __init__(self, calls: WorkerCalls, wake: Callable[[], None], heard: Callable[[int], None]) -> None:
+        """`heard` is called with the highest epoch that a worker has heard of, when it is told of one."""
         self._calls = calls
         self._wake = wake
+        self._heard = heard
         self._errands: dict[tuple[str, str], Errand] = {}
         """By model and worker."""
         self._chores: set[asyncio.Task[None]] = set()
+        self._meetings: dict[str, asyncio.Task[None]] = {}
+        """By worker."""
 
-    def follow(self, plan: Plan, workers: Mapping[str, Entry]) -> None:
-        """Have done what `plan` wants, which is published, on `workers`: those that are there."""
+    def follow(self, plan: Plan, workers: Mapping[str, Entry], epoch: int) -> None:
+        """Have done what `plan` wants, which is published as `epoch`, on `workers`: those that are there."""
         for model, place in plan.places():
             entry = workers.get(place.worker)
             if entry is None:
@@ -64,10 +70,10 @@ class Errands:
             going = None if errand is None else errand.kind
             gone = place.state == ASLEEP or leaving(plan, model, place)
             if place.state == LOADING and going is None:
-                self._start("load", model, place, self._load(model, place, entry))
+                self._start("load", model, place, self._load(model, place, entry, epoch))
             elif gone and place.occupied and going != "unload":
                 self.stop(model.name, place.worker)  # unloading gives a load up
-                self._start("unload", model, place, self._unload(model, place, entry))
+                self._start("unload", model, place, self._unload(model, place, entry, epoch))
 
     def stop(self, model: str, worker: str) -> None:
         """Give up a call. The worker may go on with it."""
@@ -79,10 +85,21 @@ class Errands:
         """Give up all calls."""
         for model, worker in list(self._errands):
             self.stop(model, worker)
+        for worker in list(self._meetings):
+            self.leave(worker)
 
-    def tidy(self, plan: Plan, worker: Entry) -> None:
-        """Have unloaded, beside all else, what `worker` has and should not have."""
-        self._keep(asyncio.create_task(self._tidy(plan, worker), name=f"tidy {worker.id}"))
+    def meet(self, plan: Plan, worker: Entry, epoch: int) -> None:
+        """Tell `worker`, beside all else, of the document, and have unloaded what it has and should not
+        have."""
+        self.leave(worker.id)
+        meeting = asyncio.create_task(self._meet(plan, worker, epoch), name=f"meet {worker.id}")
+        self._meetings[worker.id] = meeting
+        self._keep(meeting)
+
+    def leave(self, worker: str) -> None:
+        """Give up meeting it."""
+        if (meeting := self._meetings.pop(worker, None)) is not None:
+            meeting.cancel()
 
     async def close(self) -> None:
         """Give up everything."""
@@ -115,18 +132,18 @@ class Errands:
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
 
-    async def _load(self, model: PlannedModel, place: Place, worker: Entry) -> None:
+    async def _load(self, model: PlannedModel, place: Place, worker: Entry, epoch: int) -> None:
         name = model.name
         log.info("loading", model=name, worker=worker.id)
         began = time.monotonic()
         try:
-            loaded = await self._calls.load(worker.address, model.config)
+            loaded = await self._calls.load(worker.address, model.config, epoch)
         except AlreadyExists:
             # Loaded under an older configuration.
             log.info("unloading what had this name", model=name, worker=worker.id)
-            await self._gone(worker, name)
+            await self._gone(worker, name, epoch)
             await asyncio.sleep(BACKOFF)
-        except (Unavailable, Cancelled) as error:
+        except (Unavailable, Cancelled, Aborted) as error:
             if place.state == LOADING:
                 place.loading(f"{worker.id}: {error}")
             await asyncio.sleep(BACKOFF)
@@ -149,30 +166,34 @@ class Errands:
             seconds = round(time.monotonic() - began, 3)
             log.info("model ready", model=name, worker=worker.id, seconds=seconds)
 
-    async def _unload(self, model: PlannedModel, place: Place, worker: Entry) -> None:
-        if await self._gone(worker, model.name):
+    async def _unload(self, model: PlannedModel, place: Place, worker: Entry, epoch: int) -> None:
+        if await self._gone(worker, model.name, epoch):
             log.info("model unloaded", model=model.name, worker=worker.id)
             if place.state in (ASLEEP, DRAINING):
                 place.occupied = False
         else:
             await asyncio.sleep(BUSY)
 
-    async def _tidy(self, plan: Plan, worker: Entry) -> None:
-        try:
-            info = await self._calls.info(worker.address)
-        except ServiceError as error:
-            log.warning("cannot ask the worker what it has", worker=worker.id, error=str(error))
-            return
+    async def _meet(self, plan: Plan, worker: Entry, epoch: int) -> None:
+        """Returns when the worker knows of the document and has nothing that it should not have."""
+        while True:
+            try:
+                self._heard(await self._calls.announce(worker.address, epoch))
+                info = await self._calls.info(worker.address)
+                break
+            except ServiceError as error:
+                log.warning("a worker does not answer", worker=worker.id, error=str(error))
+                await asyncio.sleep(BACKOFF)
         wanted = {model.name for model, place in plan.of_worker(worker.id) if place.state != ASLEEP}
         for loaded in info.models:
             if loaded.model not in wanted:
                 log.info("unloading", model=loaded.model, worker=worker.id)
-                await self._gone(worker, loaded.model)
+                await self._gone(worker, loaded.model, epoch)
 
-    async def _gone(self, worker: Entry, name: str) -> bool:
+    async def _gone(self, worker: Entry, name: str, epoch: int) -> bool:
         """Whether it is gone."""
         try:
-            await self._calls.unload(worker.address, name)
+            await self._calls.unload(worker.address, name, epoch)
         except NotFound:
             return True
         except FailedPrecondition as error:

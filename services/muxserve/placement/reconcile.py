@@ -61,14 +61,20 @@ class Reconciler:
         self._store = store
         self._calls = calls
         self._epoch = 0
+        self._heard = 0
+        """The highest epoch that a worker has heard of."""
+        self._mine = False
+        """Whether this process has written the document."""
         self._started = time.monotonic()
         self._woken = asyncio.Event()
         self._judged: Fleet = frozenset()
         self._survey: asyncio.Task[None] | None = None
-        self._errands = Errands(calls, self.wake)
+        self._errands = Errands(calls, self.wake, self._hear)
         self._source = SourceWatch(calls, self.wake)
         self._away: set[str] = set()
         """Workers that were there and are not."""
+        self._new: dict[str, Entry] = {}
+        """Workers that were not told of the document yet, by id."""
         self._news: set[asyncio.Event] = set()
         self.advisers: list[Adviser] = []
         self.plan: Plan | None = None
@@ -140,7 +146,10 @@ class Reconciler:
         document = to_document(plan)
         if await self._publish(stored, document) and _same(document, to_document(plan)):
             self._source.follow(plan, workers)
-            self._errands.follow(plan, workers)
+            for worker in self._new.values():
+                self._errands.meet(plan, worker, document.epoch)
+            self._new.clear()
+            self._errands.follow(plan, workers, document.epoch)
         else:
             self.wake()
         return min([POLL, *rests])
@@ -156,6 +165,12 @@ class Reconciler:
             self._epoch = stored.epoch
         return self.plan
 
+    def _hear(self, epoch: int) -> None:
+        """A worker has heard of a document of this epoch."""
+        if epoch > self._heard:
+            self._heard = epoch
+            self.wake()
+
     def _lose(self, plan: Plan, worker: str) -> None:
         """The worker is not in the registry."""
         if worker not in self._away:
@@ -163,6 +178,8 @@ class Reconciler:
             self._away.add(worker)
         for model, _ in plan.of_worker(worker):
             self._errands.stop(model.name, worker)
+        self._errands.leave(worker)
+        self._new.pop(worker, None)
         plan.lose(worker)
 
     def _meet(self, plan: Plan, worker: Entry) -> None:
@@ -178,7 +195,7 @@ class Reconciler:
         if not same:
             for model, _ in plan.of_worker(worker.id):
                 self._errands.stop(model.name, worker.id)
-        self._errands.tidy(plan, worker)
+        self._new[worker.id] = worker
 
     def _start_survey(self, plan: Plan, workers: Mapping[str, Entry]) -> None:
         """Look for places for the models that have none, once for each set of worker processes."""
@@ -216,13 +233,18 @@ class Reconciler:
 
     async def _publish(self, stored: admin_pb2.Placement, wanted: admin_pb2.Placement) -> bool:
         """Write `wanted` unless `stored`, which is what Redis has, says the same. False: somebody else has
-        written meanwhile."""
+        written meanwhile.
+
+        A process begins with a new epoch in any case: what it does not know of, because the one before it was
+        about to do it, follows from an older one then, and workers refuse that.
+        """
         wanted.epoch = stored.epoch
-        if stored.epoch == 0 or not _same(wanted, stored):
+        if not self._mine or self._heard > stored.epoch or not _same(wanted, stored):
             # Above every epoch of before, even if Redis has lost the document.
-            wanted.epoch = max(self._epoch, stored.epoch) + 1
+            wanted.epoch = max(self._epoch, self._heard, stored.epoch) + 1
             if not await self._store.compare_and_set(stored.epoch, wanted):
                 return False
+            self._mine = True
         self._epoch = max(self._epoch, wanted.epoch)
         if self.placement != wanted:
             self.placement = wanted

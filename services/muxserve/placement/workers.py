@@ -35,15 +35,22 @@ class WorkerCalls:
         request = worker_pb2.InspectModelRequest(model=model)
         return (await _outcome(self._stub(address).InspectModel(request, timeout=INSPECT_TIMEOUT))).shape
 
-    async def load(self, address: str, model: common_pb2.ModelConfig) -> worker_pb2.LoadModelResponse:
-        """Load `model`; returns when it can be used."""
-        request = worker_pb2.LoadModelRequest(model=model)
+    async def load(
+        self, address: str, model: common_pb2.ModelConfig, epoch: int
+    ) -> worker_pb2.LoadModelResponse:
+        """Load `model`, as the document of that epoch says; returns when it can be used."""
+        request = worker_pb2.LoadModelRequest(model=model, epoch=epoch)
         return await _outcome(self._stub(address).LoadModel(request, timeout=self._load_timeout))
 
-    async def unload(self, address: str, model: str) -> None:
-        """Unload `model`."""
-        request = worker_pb2.UnloadModelRequest(model=model)
+    async def unload(self, address: str, model: str, epoch: int) -> None:
+        """Unload `model`, as the document of that epoch says."""
+        request = worker_pb2.UnloadModelRequest(model=model, epoch=epoch)
         await _outcome(self._stub(address).UnloadModel(request, timeout=UNLOAD_TIMEOUT))
+
+    async def announce(self, address: str, epoch: int) -> int:
+        """Say that there is a document of that epoch; the highest that the worker has heard of."""
+        request = worker_pb2.AnnounceEpochRequest(epoch=epoch)
+        return (await _outcome(self._stub(address).AnnounceEpoch(request, timeout=INFO_TIMEOUT))).epoch
 
     async def close(self) -> None:
         """Close all channels; running calls are cancelled."""

@@ -49,6 +49,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.LoadModelRequest, context: Context
     ) -> worker_pb2.LoadModelResponse:
         before = self._ready().models.get(request.model.name)
+        self._worker.fence.admit(request.epoch)
         model = await self._worker.models.load(convert.choice(request.model))
         seconds = 0.0 if model is before else model.load_seconds
         return worker_pb2.LoadModelResponse(shape=convert.shape(model.shape), load_seconds=seconds)
@@ -56,8 +57,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def UnloadModel(
         self, request: worker_pb2.UnloadModelRequest, context: Context
     ) -> worker_pb2.UnloadModelResponse:
-        await self._ready().models.unload(request.model)
+        worker = self._ready()
+        worker.fence.admit(request.epoch)
+        await worker.models.unload(request.model)
         return worker_pb2.UnloadModelResponse()
+
+    async def AnnounceEpoch(
+        self, request: worker_pb2.AnnounceEpochRequest, context: Context
+    ) -> worker_pb2.AnnounceEpochResponse:
+        fence = self._ready().fence
+        fence.hear(request.epoch)
+        return worker_pb2.AnnounceEpochResponse(epoch=fence.epoch)
 
     async def Jobs(
         self, request_iterator: AsyncIterator[worker_pb2.JobsRequest], context: Context

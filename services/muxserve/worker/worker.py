@@ -10,6 +10,7 @@ import structlog
 from muxserve.engine.pool import BlockPool, PoolIntegrityError
 from muxserve.worker.device import WorkerDevice, open_device
 from muxserve.worker.executors import ExecutorOptions
+from muxserve.worker.fence import Fence
 from muxserve.worker.lanes import Lanes
 from muxserve.worker.models import ModelTable
 from muxserve.worker.prefix_cache import PrefixCache
@@ -76,6 +77,7 @@ class Worker:
                 scheduler, epoch, self.lanes, self.models, self.pool, prefixes, settings.longest_wait
             )
         )
+        self.fence = Fence()
         self.ready = False
         """Whether it has started: before that it does not know what its weights may take."""
 

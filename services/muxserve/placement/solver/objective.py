@@ -23,7 +23,8 @@ FAIRNESS = 0.5
 STARVED = 0.6
 """A model that is worth less than this, of 1, to its users starves."""
 HUNGER = 6.0
-"""What that costs at worst, in rates of the mean model: more than serving any one of them gains."""
+"""What that costs at worst, in rates of the mean model: more than serving any one of them gains. The square of
+how far it is from enough counts: where all have to starve, they do a little each."""
 ABSENT = 1.0
 """What a model without a place costs, in rates of all models: serving the others does not make up for it."""
 UNEVEN = 1.3
@@ -86,7 +87,7 @@ class Objective:
         if sum(mesh.size for mesh, models in state if models) > self.budget:
             return float("-inf")
         rates = sum(m.rate * w for m, w in zip(self.models, worth, strict=True))
-        starving = sum(max(0.0, 1 - w / STARVED) for w in worth)
+        starving = sum(max(0.0, 1 - w / STARVED) ** 2 for w in worth)
         absent = (len(worth) - len(replicas)) * ABSENT * self.workload.rate
         return rates + self._usual * (FAIRNESS * sum(worth) - HUNGER * starving) - absent
 
