@@ -75,7 +75,7 @@ class Plan:
         return Mix(tuple(Stream(model, share, lengths) for model, share in shares.items()))
 
 
-QUICK = Plan(seconds=45.0, flood=10.0, batches=(1, 4, 16), lengths=(8, 96), repeat=2)
+QUICK = Plan(seconds=45.0, flood=10.0, batches=(1, 4, 16), lengths=(8, 32, 96))
 
 
 class Benchmark:

@@ -1,9 +1,10 @@
 """Measures jobs and the service around them, as clients see them.
 
 A prompt of a few tokens takes about a decode step, and what a request with one takes beyond that is the
-service's: the time on its way. The time until `batch` prompts of `length` tokens, sent together, all have a
-token is that and their prefill's; what further tokens add, divided by their number, is a decode step's.
-Prompts are drawn, so that none has spans in the prefix cache.
+service's: the time on its way. The time until a prompt has a token is that and its prefill's. Prompts that
+are computed together are taken for one of as many tokens: sent together, they would not come together, and be
+computed in several jobs. A decode step is the time in which each of `batch` sequences gets a token. Prompts
+are drawn, so that none has spans in the prefix cache.
 
 The share 100 has times of jobs alone, 50 those of jobs that run beside one of the other kind: decode steps
 while prompts come in all the time, and prompts while sequences decode, at some batches, times what that was
@@ -15,35 +16,30 @@ Two prompts under way at once, one of which always waits for the other, say what
 from __future__ import annotations
 
 import asyncio
-import random
+import math
 import statistics
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from muxserve.cli.profile_traffic import TINY, Traffic
 from muxserve.client import AsyncClient
 from muxserve.placement.solver.cost import SERVICE
 
-STEPS = 24
-"""Decode steps that a measurement has beyond the first token."""
-TOKENS = range(100, 200)
-"""Token ids that prompts are made of: every vocabulary has them."""
+STEP_SECONDS = 1.0
+"""Seconds for which steps are counted."""
+SIDE_SECONDS = 2.5
+"""Seconds for which jobs run beside each other."""
 WHOLE, BESIDE = "100", "50"
 """Shares of the mesh that the table tells apart, in percent."""
 MOST = 4096
 """Prompt tokens of a cell; larger ones take long, and follow from those below."""
-TINY = 2
-"""Tokens of a prompt whose prefill takes as long as a decode step."""
 LONE = 15
 """Requests that are sent one after the other to learn what one takes beside its jobs."""
-SIDE_SECONDS = 2.5
-"""Seconds for which jobs run beside each other."""
 FEEDERS = 3
 """Prompts under way at once meanwhile: one is computed, the others wait."""
 QUEUED = 2
@@ -102,36 +98,37 @@ class Bench:
     """Measures through a gateway."""
 
     def __init__(self, client: AsyncClient, wanted: Wanted) -> None:
-        self._client = client
+        self._traffic = Traffic(client, min(wanted.contexts.values()))
         self._wanted = wanted
+        self._prefills: dict[tuple[str, int], float] = {}
+        """Seconds by model and tokens."""
+        self._steps: dict[str, float] = {}
+        """Seconds of the latest step that was measured, by model."""
 
     async def way(self, model: str) -> float:
         """Seconds of a request beside its jobs."""
-        await self._seconds(model, 1, TINY, 1 + STEPS)  # wakes what sleeps
-        first = [await self._seconds(model, 1, TINY, 1) for _ in range(LONE)]
-        last = [await self._seconds(model, 1, TINY, 1 + STEPS) for _ in range(max(3, LONE // 3))]
-        prefill = statistics.median(first)
-        step = (statistics.median(last) - prefill) / STEPS
-        return max(0.0, prefill - max(0.0, step))
+        await self._traffic.seconds(model, 1, TINY, 2)  # wakes what sleeps
+        first = [await self._traffic.seconds(model, 1, TINY, 1) for _ in range(LONE)]
+        self._steps[model] = statistics.median([await self._steps_of(model, 1, TINY) for _ in range(3)])
+        return max(0.0, statistics.median(first) - self._steps[model])
 
     async def order(self, model: str, way: float) -> float:
         """Seconds from the end of a prompt to the beginning of one that has waited for it: what lies between
         two ends, less what jobs take."""
         length = max((n for n in self._wanted.lengths if n < self._wanted.contexts[model]), default=TINY)
-        alone = statistics.median([await self._seconds(model, 1, length, 1) for _ in range(LONE)])
-        async with self._fed(model, length, QUEUED) as prompts:
-            began = time.perf_counter()
+        took = [await self._traffic.seconds(model, 1, length, 1) for _ in range(LONE)]
+        alone = self._prefills[model, length] = max(1e-6, statistics.median(took) - way)
+        async with self._traffic.fed(model, length, QUEUED) as prompts:
             await asyncio.sleep(max(SIDE_SECONDS, LONE * alone))
-            each = (time.perf_counter() - began) / max(1, prompts.done)
-        return max(0.0, each - (alone - way))
+        return max(0.0, prompts.seconds - alone) if prompts.done > 1 else 0.0
 
     async def row(self, model: str, batch: int, way: float) -> dict[str, dict[str, float]]:
         """Milliseconds by length."""
         found = {}
         for length in self._wanted.lengths:
-            fits = length + STEPS + 1 <= self._wanted.contexts[model] and batch * length <= MOST
-            prefill, step = await self._cell(model, batch, length, way) if fits else (-1.0, -1.0)
-            found[str(length)] = {"prefill": prefill, "decoding": step}
+            prefill = await self._prefill(model, batch * length, way)
+            step = await self._step(model, batch, length)
+            found[str(length)] = {"prefill": _milliseconds(prefill), "decoding": _milliseconds(step)}
         return found
 
     async def beside(self, model: str, alone: Grid, advance: Callable[[], None]) -> Grid:
@@ -163,126 +160,53 @@ class Bench:
                     row[length]["together"] = _scaled(step, _between(batch, together))
         return grid
 
-    async def _cell(self, model: str, batch: int, length: int, way: float) -> tuple[float, float]:
-        """Milliseconds of a prefill and of a decode step: medians."""
-        repeat = self._wanted.repeat
-        first = [await self._seconds(model, batch, length, 1) for _ in range(repeat)]
-        last = [await self._seconds(model, batch, length, 1 + STEPS) for _ in range(repeat)]
-        prefill = statistics.median(first)
-        step = max(1e-6, (statistics.median(last) - prefill) / STEPS)
-        return round(1e3 * max(1e-6, prefill - way), 4), round(1e3 * step, 4)
+    async def _prefill(self, model: str, tokens: int, way: float) -> float | None:
+        """Seconds of a prompt. None: it is too long."""
+        if tokens >= self._wanted.contexts[model] or tokens > MOST:
+            return None
+        if (model, tokens) not in self._prefills:
+            took = [await self._traffic.seconds(model, 1, tokens, 1) for _ in range(self._wanted.repeat)]
+            self._prefills[model, tokens] = max(1e-6, statistics.median(took) - way)
+        return self._prefills[model, tokens]
+
+    async def _step(self, model: str, batch: int, length: int) -> float | None:
+        """Seconds of a decode step. None: the sequences do not fit."""
+        if batch * length > MOST or length + 2 > self._wanted.contexts[model]:
+            return None
+        took = [await self._steps_of(model, batch, length) for _ in range(self._wanted.repeat)]
+        self._steps[model] = statistics.median(took)
+        return self._steps[model]
+
+    async def _steps_of(self, model: str, batch: int, length: int) -> float:
+        """The same, once. Sequences whose prompts come first go on while the others' are computed."""
+        known = [seconds for (name, _), seconds in self._prefills.items() if name == model]
+        pace = max(known, default=0.0) / max((n for name, n in self._prefills if name == model), default=1)
+        step = self._steps.get(model, 1e-3)
+        steps = math.ceil((2 * STEP_SECONDS + 3 * batch * length * pace) / step)
+        async with self._traffic.decoding({model: batch}, steps, length) as streams:
+            return await streams.step(model, STEP_SECONDS)
 
     async def _slower(self, model: str, batch: int, length: int, step: float) -> Slower:
         """Of prompts of `length` and steps of `batch`. `step`: seconds of one alone."""
-        async with self._decoding({model: batch}, step) as streams, self._fed(model, length) as prompts:
-            decode = await streams.step(model) / step
-            beside, passed = prompts.done, streams.passed
-        async with self._fed(model, length) as prompts:
-            await asyncio.sleep(min(passed, SIDE_SECONDS))
-            alone = prompts.done * passed / min(passed, SIDE_SECONDS)
+        steps = math.ceil(2 * SIDE_SECONDS / step)
+        traffic = self._traffic
+        async with (
+            traffic.decoding({model: batch}, steps) as streams,
+            traffic.fed(model, length, FEEDERS) as beside,
+        ):
+            decode = await streams.step(model, SIDE_SECONDS) / step
+        async with traffic.fed(model, length, FEEDERS) as alone:
+            await asyncio.sleep(SIDE_SECONDS)
+        prefill = beside.seconds / alone.seconds if alone.done > 1 and beside.done > 1 else 1.0
         together = None
         if other := next((name for name in self._wanted.company if name != model), None):
-            async with self._decoding({model: batch, other: batch}, step) as streams:
-                together = max(1.0, await streams.step(model) / step)
-        return Slower(max(1.0, alone / beside) if beside else 1.0, max(1.0, decode), together)
-
-    @asynccontextmanager
-    async def _decoding(self, batches: Mapping[str, int], step: float) -> AsyncIterator[Streams]:
-        """So many sequences of each model that decode meanwhile, for about SIDE_SECONDS if a step took `step`
-        seconds."""
-        counts = {model: [0] * batch for model, batch in batches.items()}
-        running = asyncio.Event()
-
-        async def stream(model: str, index: int) -> None:
-            most = self._wanted.contexts.get(model, self._least) - TINY - 1
-            tokens = 1 + max(STEPS, min(most, round(SIDE_SECONDS / step)))
-            async with self._client.stream(
-                model, prompt_tokens=_prompt(TINY), max_tokens=tokens, ignore_eos=True, temperature=0.0
-            ) as answer:
-                async for chunk in answer:
-                    counts[model][index] += len(chunk.token_ids)
-                    if all(map(all, counts.values())):
-                        running.set()
-
-        tasks = [
-            asyncio.create_task(stream(model, i)) for model, batch in batches.items() for i in range(batch)
-        ]
-        try:
-            await running.wait()
-            yield Streams(tasks, counts)
-        finally:
-            await _end(*tasks)
-
-    @asynccontextmanager
-    async def _fed(self, model: str, length: int, count: int = FEEDERS) -> AsyncIterator[Counted]:
-        """So many prompts of a model always under way meanwhile."""
-        prompts = Counted()
-
-        async def feed() -> None:
-            while True:
-                await self._seconds(model, 1, length, 1)
-                prompts.done += 1
-
-        tasks = [asyncio.create_task(feed()) for _ in range(count)]
-        try:
-            yield prompts
-        finally:
-            await _end(*tasks)
-
-    @property
-    def _least(self) -> int:
-        """Tokens that any model takes which was asked for."""
-        return min(self._wanted.contexts.values())
-
-    async def _seconds(self, model: str, batch: int, length: int, tokens: int) -> float:
-        """From sending `batch` requests until all have all of their tokens."""
-        prompts = [_prompt(length) for _ in range(batch)]
-        began = time.perf_counter()
-        await asyncio.gather(
-            *(
-                self._client.generate(
-                    model, prompt_tokens=prompt, max_tokens=tokens, ignore_eos=True, temperature=0.0
-                )
-                for prompt in prompts
-            )
-        )
-        return time.perf_counter() - began
+            async with traffic.decoding({model: batch, other: batch}, steps) as streams:
+                together = max(1.0, await streams.step(model, SIDE_SECONDS) / step)
+        return Slower(max(1.0, prefill), max(1.0, decode), together)
 
 
-@dataclass(slots=True)
-class Streams:
-    """Sequences that decode."""
-
-    tasks: Sequence[asyncio.Task[None]]
-    counts: Mapping[str, Sequence[int]]
-    """Tokens that each has, by model."""
-    passed: float = 0.0
-    """Seconds until one of them had all."""
-
-    async def step(self, model: str) -> float:
-        """Seconds of a step of that model, from now until one of all has all its tokens."""
-        counts, began = self.counts[model], time.perf_counter()
-        before = sum(counts)
-        await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
-        self.passed = time.perf_counter() - began
-        return len(counts) * self.passed / max(1, sum(counts) - before)
-
-
-@dataclass(slots=True)
-class Counted:
-    """Prompts that were computed."""
-
-    done: int = 0
-
-
-async def _end(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _prompt(length: int) -> list[int]:
-    return [random.choice(TOKENS) for _ in range(length)]
+def _milliseconds(seconds: float | None) -> float:
+    return -1.0 if seconds is None else round(1e3 * seconds, 4)
 
 
 def _scaled(milliseconds: float, factor: float) -> float:

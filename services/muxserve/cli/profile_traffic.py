@@ -1,0 +1,147 @@
+"""Requests that `muxserve profile` sends: prompts, sequences that decode, and both at once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from muxserve.client import AsyncClient
+
+TOKENS = range(100, 200)
+"""Token ids that prompts are made of: every vocabulary has them."""
+TINY = 2
+"""Tokens of a prompt whose prefill takes as long as a decode step."""
+
+
+class Traffic:
+    """Through a gateway. `context`: tokens that a sequence of any model may have."""
+
+    def __init__(self, client: AsyncClient, context: int) -> None:
+        self._client = client
+        self._context = context
+
+    @asynccontextmanager
+    async def decoding(
+        self, batches: Mapping[str, int], steps: int, length: int = TINY
+    ) -> AsyncIterator[Streams]:
+        """So many sequences of each model, with prompts of so many tokens, that decode meanwhile: from when
+        all of them do, until the first has done so many steps or reached its model's context."""
+        counts = {model: [0] * batch for model, batch in batches.items()}
+        running = asyncio.Event()
+
+        async def stream(model: str, index: int) -> None:
+            tokens = min(self._context - length, 1 + steps)
+            async with self._client.stream(
+                model, prompt_tokens=_prompt(length), max_tokens=tokens, ignore_eos=True, temperature=0.0
+            ) as answer:
+                async for chunk in answer:
+                    counts[model][index] += len(chunk.token_ids)
+                    if all(map(all, counts.values())):
+                        running.set()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                running.set()
+
+        tasks = [
+            asyncio.create_task(stream(model, i)) for model, batch in batches.items() for i in range(batch)
+        ]
+        for task in tasks:
+            task.add_done_callback(ended)
+        try:
+            await running.wait()
+            for task in tasks:
+                if task.done():
+                    task.result()  # raises what went wrong
+            yield Streams(tasks, counts)
+        finally:
+            await _end(*tasks)
+            await self._settle(*batches)
+
+    @asynccontextmanager
+    async def fed(self, model: str, length: int, count: int) -> AsyncIterator[Counted]:
+        """So many prompts of a model always under way meanwhile."""
+        prompts = Counted()
+
+        async def feed() -> None:
+            while True:
+                await self.seconds(model, 1, length, 1)
+                prompts.note()
+
+        tasks = [asyncio.create_task(feed()) for _ in range(count)]
+        try:
+            yield prompts
+        finally:
+            await _end(*tasks)
+            await self._settle(model)
+
+    async def _settle(self, *models: str) -> None:
+        """Wait until jobs of requests that were cancelled are over."""
+        for model in models:
+            await self.seconds(model, 1, TINY, 2)
+
+    async def seconds(self, model: str, batch: int, length: int, tokens: int) -> float:
+        """From sending `batch` requests until all have all of their tokens."""
+        prompts = [_prompt(length) for _ in range(batch)]
+        began = time.perf_counter()
+        await asyncio.gather(
+            *(
+                self._client.generate(
+                    model, prompt_tokens=prompt, max_tokens=tokens, ignore_eos=True, temperature=0.0
+                )
+                for prompt in prompts
+            )
+        )
+        return time.perf_counter() - began
+
+
+@dataclass(slots=True)
+class Streams:
+    """Sequences that decode."""
+
+    tasks: Sequence[asyncio.Task[None]]
+    counts: Mapping[str, Sequence[int]]
+    """Tokens that each has, by model."""
+
+    async def step(self, model: str, seconds: float) -> float:
+        """Seconds of a step of that model, over so many seconds from now on, or until one of all sequences
+        has all of its tokens."""
+        counts, began = self.counts[model], time.perf_counter()
+        before = sum(counts)
+        await asyncio.wait(self.tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return len(counts) * (time.perf_counter() - began) / max(1, sum(counts) - before)
+
+
+@dataclass(slots=True)
+class Counted:
+    """Prompts that were computed."""
+
+    done: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    """When the first and the latest one had been."""
+
+    def note(self) -> None:
+        """Another one was."""
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.done += 1
+
+    @property
+    def seconds(self) -> float:
+        """From one to the next, on average. Infinity: there were not two."""
+        return (self.last - self.first) / (self.done - 1) if self.done > 1 else float("inf")
+
+
+async def _end(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _prompt(length: int) -> list[int]:
+    return [random.choice(TOKENS) for _ in range(length)]
