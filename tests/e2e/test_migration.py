@@ -9,8 +9,11 @@ import asyncio
 import itertools
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from muxserve.client import AsyncAdminClient, AsyncClient, FailedPrecondition, Move, Status, Unavailable
@@ -130,7 +133,7 @@ async def during(
         return list(await asyncio.gather(*streams))
 
 
-async def _kill(cluster: Cluster, pid: int, phase: str) -> None:
+async def _kill(cluster: Cluster, pid: int, phase: str, how: int = signal.SIGKILL) -> None:
     """Kill a process as soon as the migration is in that phase."""
     wanted = admin_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{phase}")
     async with connect(f"redis://{cluster.ready['redis']}") as redis, asyncio.timeout(60):
@@ -138,7 +141,7 @@ async def _kill(cluster: Cluster, pid: int, phase: str) -> None:
         while (seen := await store.read()).migration.phase != wanted:
             ended = ended or len(seen.ended) + 1
             assert len(seen.ended) < ended, f"the migration has ended, and was never {phase}"
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, how)
 
 
 @pytest.mark.timeout(240)
@@ -165,6 +168,56 @@ async def test_streams_survive_a_kill_in_any_phase(
 ) -> None:
     assert await during(pair, 0.2, (victim, phase)) == undisturbed
     await settle(pair)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_a_placement_process_that_stood_still_changes_nothing(
+    pair: Cluster, undisturbed: list[tuple[int, ...]]
+) -> None:
+    async with (
+        AsyncClient(pair.gateway) as client,
+        AsyncAdminClient(pair.admin) as admin,
+        connect(f"redis://{pair.ready['redis']}") as redis,
+    ):
+        (source,) = await where(admin, "a")
+        (target,) = {"worker-0", "worker-1"} - {source}
+        stopped = next(each.pid for each in (await admin.status()).services if each.kind == "placement")
+        begun = [asyncio.Event() for _ in range(STREAMS)]
+        streams = [asyncio.create_task(stream(client, n, begun[n])) for n in range(STREAMS)]
+        await asyncio.gather(*(event.wait() for event in begun))
+        moving = asyncio.create_task(_moved(admin, Move("a", target)))
+        await _kill(pair, stopped, "LOADING", signal.SIGSTOP)
+        store = PlacementStore(redis)
+        second = _second_placement(stopped)
+        try:
+            async with asyncio.timeout(60):
+                while (there := await store.read()).HasField("migration"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            os.kill(stopped, signal.SIGCONT)
+            assert await moving == "done"  # it has found out what became of it
+            assert list(await asyncio.gather(*streams)) == undisturbed
+            now = await store.read()
+            assert [list(unit.models) for unit in now.units] == [list(unit.models) for unit in there.units]
+            assert await where(admin, "a") == [target]
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+            second.terminate()
+            second.wait(10)
+    await settle(pair)
+
+
+async def _moved(admin: AsyncAdminClient, move: Move) -> str:
+    """How the migration ended."""
+    return str([event.migration.phase async for event in admin.rebalance([move], drain_seconds=0.2)][-1])
+
+
+def _second_placement(pid: int) -> subprocess.Popen[bytes]:
+    """A placement process like that one, beside it."""
+    command = psutil.Process(pid).cmdline()
+    settings = command[command.index("muxserve.placement") + 1 :]
+    own = ["--set", 'id="placement-1"', "--set", 'bind="127.0.0.1:0"']
+    return subprocess.Popen([sys.executable, "-m", "muxserve.placement", *settings, *own])
 
 
 @pytest.mark.timeout(240)
