@@ -104,6 +104,15 @@ def _error(measured: float, simulated: float) -> float:
     return round((simulated - measured) / measured, 4) if measured else 0.0
 
 
+def mean(one: Any, other: Any) -> Any:
+    """Of two cost tables of the same cells; what only one of them has measured is that one's."""
+    if isinstance(one, dict):
+        return {key: mean(value, other.get(key, value)) for key, value in one.items()}
+    if isinstance(one, int) or min(one, other) < 0:
+        return max(one, other)
+    return (one + other) / 2
+
+
 def markdown(loads: Sequence[Mapping[str, Any]]) -> str:
     """A table."""
     lines = [

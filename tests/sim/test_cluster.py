@@ -141,10 +141,12 @@ def test_the_policy_is_told_what_the_service_tells_it(monkeypatch: pytest.Monkey
 
 
 def test_what_was_measured_of_a_deployment_is_simulated() -> None:
-    measured = Service(0.02, compute_units=2, slots=8, decode_lanes=2, order_seconds=0.005)
+    measured = Service(
+        0.02, compute_units=2, slots=8, decode_lanes=2, order_seconds=0.005, lease_seconds=0.001
+    )
     options = SimOptions(policy="mux").of_service(measured)
     assert (options.policy, options.compute_units, options.slots) == ("mux", 2, 8)
-    assert (options.decode_lanes, options.order_seconds) == (2, 0.005)
+    assert (options.decode_lanes, options.order_seconds, options.lease_seconds) == (2, 0.005, 0.001)
     work = two_models()
     plain, late = (
         simulate(together(work, 0), work, COSTS, [Arrival(1.0, work.models[0].name, 16, 1)], 5, each)

@@ -148,6 +148,21 @@ def test_an_order_takes_its_time_but_for_a_lease_that_goes_on_with_its_model() -
     assert prefill.began == pytest.approx(0.02 + 6 * step)
 
 
+def test_a_lease_takes_time_beside_its_steps() -> None:
+    executor = Executor(COSTS, 1, lease_seconds=0.005)
+    step = seconds("decode", 1.0)
+    first, second, dropped = (work(n, "decode", steps=2) for n in (1, 2, 3))
+    for each in (first, second, dropped):
+        executor.start(each)
+    executor.end_lease(dropped)
+    one = 0.005 + 2 * step
+    assert run(executor) == pytest.approx({1: one, 2: 2 * one, 3: 2 * one})
+    assert first.busy == pytest.approx(2 * step), "what policies hear of is the time of steps"
+    executor.start(prefill := work(4, "prefill"))
+    run(executor)
+    assert prefill.busy == pytest.approx(seconds("prefill", 1.0))
+
+
 def test_decode_jobs_that_run_go_on_when_a_prefill_comes() -> None:
     executor = Executor(COSTS, 1, units=2, decode_lanes=2)
     one, other, later = (work(n, "decode", steps=50) for n in (1, 2, 3))

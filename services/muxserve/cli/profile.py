@@ -12,6 +12,7 @@ import grpc
 import typer
 
 from muxserve.cli.calls import exit_code
+from muxserve.cli.profile_traffic import Leases
 from muxserve.cli.profiling import Wanted, measure
 from muxserve.client import Client
 from muxserve.placement.solver.cost import SERVICE
@@ -36,14 +37,29 @@ def run(
         if missing := sorted(set(asked) - set(contexts)):
             typer.echo(f"not served, left out: {', '.join(missing)}", err=True)
         described = describe(admin)
-        company = sorted(contexts) if described.get("decode_lanes", 1) > 1 else []
-        models = {name: contexts[name] for name in names}
-        wanted = Wanted(models, batches, lengths, repeat, company=company)
-        table = asyncio.run(measure(address, wanted))
+        models, lanes = {name: contexts[name] for name in names}, described.get("decode_lanes", 1)
+        wanted = Wanted(models, batches, lengths, repeat, company=sorted(contexts), lanes=lanes)
+        table = asyncio.run(measure(address, wanted, counter(admin if described else "")))
         table[SERVICE] |= described
         out.write_text(json.dumps(table, indent=1) + "\n")
 
     return exit_code(command)
+
+
+def counter(admin: str) -> Leases:
+    """Of the units that the placement service there knows of; of none if there is none."""
+
+    def count() -> int:
+        with grpc.insecure_channel(admin) as channel:
+            units = admin_pb2_grpc.AdminServiceStub(channel).GetStatus(
+                admin_pb2.GetStatusRequest(), timeout=5
+            )
+        return sum(unit.decode_jobs for unit in units.units)
+
+    async def leases() -> int:
+        return await asyncio.to_thread(count) if admin else 0
+
+    return leases
 
 
 def describe(admin: str) -> dict[str, int]:

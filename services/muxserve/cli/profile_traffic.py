@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -17,12 +17,27 @@ TINY = 2
 """Tokens of a prompt whose prefill takes as long as a decode step."""
 
 
+Leases = Callable[[], Awaitable[int]]
+"""How many decode jobs there have been so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Of sequences that decode."""
+
+    step: float
+    """Seconds from one token to the next."""
+    leases: float
+    """Decode jobs per step, of all models."""
+
+
 class Traffic:
     """Through a gateway. `context`: tokens that a sequence of any model may have."""
 
-    def __init__(self, client: AsyncClient, context: int) -> None:
+    def __init__(self, client: AsyncClient, context: int, leases: Leases) -> None:
         self._client = client
         self._context = context
+        self._leases = leases
 
     @asynccontextmanager
     async def decoding(
@@ -57,7 +72,7 @@ class Traffic:
             for task in tasks:
                 if task.done():
                     task.result()  # raises what went wrong
-            yield Streams(tasks, counts)
+            yield Streams(tasks, counts, self._leases)
         finally:
             await _end(*tasks)
             await self._settle(*batches)
@@ -106,14 +121,20 @@ class Streams:
     tasks: Sequence[asyncio.Task[None]]
     counts: Mapping[str, Sequence[int]]
     """Tokens that each has, by model."""
+    leases: Leases
 
-    async def step(self, model: str, seconds: float) -> float:
-        """Seconds of a step of that model, over so many seconds from now on, or until one of all sequences
-        has all of its tokens."""
-        counts, began = self.counts[model], time.perf_counter()
-        before = sum(counts)
+    async def pace(self, model: str, seconds: float) -> Pace:
+        """Of that model, over so many seconds from now on, or until one of all sequences has all of its
+        tokens."""
+        leases, began, before = await self.leases(), time.perf_counter(), self._steps()
         await asyncio.wait(self.tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        return len(counts) * (time.perf_counter() - began) / max(1, sum(counts) - before)
+        passed, after = time.perf_counter() - began, self._steps()
+        leases = await self.leases() - leases
+        done = {name: max(1e-3, after[name] - before[name]) for name in after}
+        return Pace(passed / done[model], leases / sum(done.values()))
+
+    def _steps(self) -> dict[str, float]:
+        return {name: sum(counts) / len(counts) for name, counts in self.counts.items()}
 
 
 @dataclass(slots=True)

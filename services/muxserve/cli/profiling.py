@@ -11,6 +11,8 @@ while prompts come in all the time, and prompts while sequences decode, at some 
 alone at all of them. Where decode jobs of two models run side by side, it has decode steps "together" too.
 
 Two prompts under way at once, one of which always waits for the other, say what passes between two jobs.
+Where more models decode than run side by side, leases are shorter: what a step takes longer then is what
+leases take beside their steps, and all steps are without that.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import asyncio
 import math
 import statistics
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from muxserve.cli.profile_traffic import TINY, Traffic
+from muxserve.cli.profile_traffic import TINY, Leases, Pace, Traffic
 from muxserve.client import AsyncClient
 from muxserve.placement.solver.cost import SERVICE
 
@@ -40,6 +43,12 @@ MOST = 4096
 """Prompt tokens of a cell; larger ones take long, and follow from those below."""
 LONE = 15
 """Requests that are sent one after the other to learn what one takes beside its jobs."""
+LEAST_NET = 0.5
+"""Part of a step at least that is not its lease's."""
+PROMPTS = 7
+"""Prompts of each length."""
+SHORTER = 0.05
+"""Leases per step that there are more of at least where they are shorter, to tell what they take."""
 FEEDERS = 3
 """Prompts under way at once meanwhile: one is computed, the others wait."""
 QUEUED = 2
@@ -59,48 +68,58 @@ class Wanted:
     repeat: int
     beside: bool = True
     company: Sequence[str] = ()
-    """Models that can decode beside those, if they are others. Empty: no two decode at once."""
+    """Models that can decode beside those, if they are others."""
+    lanes: int = 1
+    """Decode jobs that run side by side."""
 
 
 @dataclass(frozen=True, slots=True)
-class Slower:
-    """How many times as long jobs take as alone."""
+class Beside:
+    """Jobs side by side."""
 
     prefill: float
-    """Beside a decode job."""
-    decode: float
+    """How many times as long prompts take beside a decode job."""
+    decode: Pace
     """Beside prompts."""
-    together: float | None
-    """Of decode beside another model's. None: no two decode at once."""
+    together: Pace | None
+    """Beside another model's. None: no two decode at once."""
 
 
-async def measure(address: str, wanted: Wanted) -> Table:
-    """The table."""
+async def _none() -> int:
+    return 0
+
+
+async def measure(address: str, wanted: Wanted, leases: Leases = _none) -> Table:
+    """The table. Where nobody counts `leases`, steps are with what these take."""
     table: Table = {}
     cells = [(model, batch) for model in wanted.contexts for batch in wanted.batches]
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task("measuring", total=len(cells) * (1 + wanted.beside))
         async with AsyncClient(address) as client:
-            bench = Bench(client, wanted)
+            bench = Bench(client, wanted, leases)
             way = statistics.median([await bench.way(model) for model in wanted.contexts])
-            order = statistics.median([await bench.order(model, way) for model in wanted.contexts])
+            for model in wanted.contexts:
+                await bench.prompts(model, way)
+            order = statistics.median([await bench.order(model) for model in wanted.contexts])
+            lease = statistics.median([await bench.lease(model) for model in wanted.contexts])
             for model, batch in cells:
                 grids = table.setdefault(model, {"1": {WHOLE: {}}})["1"]
-                grids[WHOLE][str(batch)] = await bench.row(model, batch, way)
+                grids[WHOLE][str(batch)] = await bench.row(model, batch, lease)
                 bar.advance(task)
             for model in wanted.contexts if wanted.beside else ():
                 grids = table[model]["1"]
-                grids[BESIDE] = await bench.beside(model, grids[WHOLE], lambda: bar.advance(task))
-    return {SERVICE: {"request_seconds": round(way, 6), "order_seconds": round(order, 6)}} | table
+                grids[BESIDE] = await bench.beside(model, grids[WHOLE], lease, lambda: bar.advance(task))
+    seconds = {"request_seconds": way, "order_seconds": order, "lease_seconds": lease}
+    return {SERVICE: {name: round(value, 6) for name, value in seconds.items()}} | table
 
 
 class Bench:
     """Measures through a gateway."""
 
-    def __init__(self, client: AsyncClient, wanted: Wanted) -> None:
-        self._traffic = Traffic(client, min(wanted.contexts.values()))
+    def __init__(self, client: AsyncClient, wanted: Wanted, leases: Leases) -> None:
+        self._traffic = Traffic(client, min(wanted.contexts.values()), leases)
         self._wanted = wanted
-        self._prefills: dict[tuple[str, int], float] = {}
+        self._prompts: dict[str, dict[int, float]] = {}
         """Seconds by model and tokens."""
         self._steps: dict[str, float] = {}
         """Seconds of the latest step that was measured, by model."""
@@ -109,44 +128,74 @@ class Bench:
         """Seconds of a request beside its jobs."""
         await self._traffic.seconds(model, 1, TINY, 2)  # wakes what sleeps
         first = [await self._traffic.seconds(model, 1, TINY, 1) for _ in range(LONE)]
-        self._steps[model] = statistics.median([await self._steps_of(model, 1, TINY) for _ in range(3)])
+        paces = [await self._pace({model: 1}, TINY) for _ in range(3)]
+        self._steps[model] = statistics.median(pace.step for pace in paces)
         return max(0.0, statistics.median(first) - self._steps[model])
 
-    async def order(self, model: str, way: float) -> float:
+    async def prompts(self, model: str, way: float) -> None:
+        """Measure prompts of each length, for all that follows."""
+        found = self._prompts[model] = {}
+        for length in sorted(self._wanted.lengths):
+            if length < self._wanted.contexts[model]:
+                took = [await self._traffic.seconds(model, 1, length, 1) for _ in range(PROMPTS)]
+                found[length] = max(1e-6, statistics.median(took) - way)
+
+    async def order(self, model: str) -> float:
         """Seconds from the end of a prompt to the beginning of one that has waited for it: what lies between
         two ends, less what jobs take."""
-        length = max((n for n in self._wanted.lengths if n < self._wanted.contexts[model]), default=TINY)
-        took = [await self._traffic.seconds(model, 1, length, 1) for _ in range(LONE)]
-        alone = self._prefills[model, length] = max(1e-6, statistics.median(took) - way)
+        if not self._prompts[model]:
+            return 0.0
+        length, alone = max(self._prompts[model].items())
         async with self._traffic.fed(model, length, QUEUED) as prompts:
             await asyncio.sleep(max(SIDE_SECONDS, LONE * alone))
         return max(0.0, prompts.seconds - alone) if prompts.done > 1 else 0.0
 
-    async def row(self, model: str, batch: int, way: float) -> dict[str, dict[str, float]]:
-        """Milliseconds by length."""
+    async def lease(self, model: str) -> float:
+        """Seconds that a lease takes beside its steps: where twice as many models as run side by side take
+        turns, leases are shorter, and a step takes longer than where none has to wait."""
+        others = [name for name in self._wanted.company if name != model]
+        lanes, batch = self._wanted.lanes, sorted(self._wanted.batches)[len(self._wanted.batches) // 2]
+        many = [model, *others][: 2 * lanes]
+        if len(many) <= lanes:
+            return 0.0
+        found = []
+        for _ in range(self._wanted.repeat):
+            few = await self._pace(dict.fromkeys(many[:lanes], batch), TINY)
+            turns = await self._pace(dict.fromkeys(many, batch), TINY)
+            longer = turns.step * lanes / len(many) - few.step
+            shorter = turns.leases - few.leases
+            found.append(max(0.0, longer / shorter) if shorter > SHORTER else 0.0)
+        return statistics.median(found)
+
+    async def row(self, model: str, batch: int, lease: float) -> dict[str, dict[str, float]]:
+        """Milliseconds by length. `lease`: seconds, as measured."""
         found = {}
         for length in self._wanted.lengths:
-            prefill = await self._prefill(model, batch * length, way)
-            step = await self._step(model, batch, length)
+            prefill = self._prefill(model, batch * length)
+            step = await self._step(model, batch, length, lease)
             found[str(length)] = {"prefill": _milliseconds(prefill), "decoding": _milliseconds(step)}
         return found
 
-    async def beside(self, model: str, alone: Grid, advance: Callable[[], None]) -> Grid:
+    async def beside(self, model: str, alone: Grid, lease: float, advance: Callable[[], None]) -> Grid:
         """The same grid with times of jobs side by side."""
         batches = sorted(self._wanted.batches)
         looked = {batches[0], batches[len(batches) // 2], batches[-1]}
         known = [n for n in sorted(self._wanted.lengths) if alone[str(batches[0])][str(n)]["decoding"] > 0]
-        factors: dict[int, Slower] = {}
+        prefills: list[float] = []
+        decode: dict[int, float] = {}
+        together: dict[int, float] = {}
         for batch in batches:
             if batch in looked and known:
+                found = await self._beside(model, batch, known[-1])
                 step = alone[str(batch)][str(known[0])]["decoding"] / 1e3
-                factors[batch] = await self._slower(model, batch, known[-1], step)
+                prefills.append(found.prefill)
+                decode[batch] = max(1.0, _net(found.decode, lease) / step)
+                if found.together is not None:
+                    together[batch] = max(1.0, _net(found.together, lease) / step)
             advance()
-        if not factors:
+        if not prefills:
             return alone
-        prefill = statistics.median(each.prefill for each in factors.values())
-        decode = {batch: each.decode for batch, each in factors.items()}
-        together = {b: each.together for b, each in factors.items() if each.together is not None}
+        prefill = statistics.median(prefills)
         grid: Grid = {}
         for batch in batches:
             row = grid[str(batch)] = {}
@@ -160,49 +209,58 @@ class Bench:
                     row[length]["together"] = _scaled(step, _between(batch, together))
         return grid
 
-    async def _prefill(self, model: str, tokens: int, way: float) -> float | None:
-        """Seconds of a prompt. None: it is too long."""
-        if tokens >= self._wanted.contexts[model] or tokens > MOST:
+    def _prefill(self, model: str, tokens: int) -> float | None:
+        """Seconds of prompts with so many tokens in all. None: that is too many."""
+        known = sorted(self._prompts[model].items())
+        if not known or tokens > MOST:
             return None
-        if (model, tokens) not in self._prefills:
-            took = [await self._traffic.seconds(model, 1, tokens, 1) for _ in range(self._wanted.repeat)]
-            self._prefills[model, tokens] = max(1e-6, statistics.median(took) - way)
-        return self._prefills[model, tokens]
+        if len(known) == 1 or tokens <= known[0][0]:
+            return known[0][1] * max(1.0, tokens / known[0][0])
+        i = min(len(known) - 1, bisect_left([length for length, _ in known], tokens))
+        (below, low), (above, high) = known[i - 1], known[i]
+        return max(low, low + (high - low) * (tokens - below) / (above - below))
 
-    async def _step(self, model: str, batch: int, length: int) -> float | None:
+    async def _step(self, model: str, batch: int, length: int, lease: float) -> float | None:
         """Seconds of a decode step. None: the sequences do not fit."""
         if batch * length > MOST or length + 2 > self._wanted.contexts[model]:
             return None
-        took = [await self._steps_of(model, batch, length) for _ in range(self._wanted.repeat)]
-        self._steps[model] = statistics.median(took)
-        return self._steps[model]
+        paces = [await self._pace({model: batch}, length) for _ in range(self._wanted.repeat)]
+        self._steps[model] = statistics.median(pace.step for pace in paces)
+        return statistics.median(_net(pace, lease) for pace in paces)
 
-    async def _steps_of(self, model: str, batch: int, length: int) -> float:
-        """The same, once. Sequences whose prompts come first go on while the others' are computed."""
-        known = [seconds for (name, _), seconds in self._prefills.items() if name == model]
-        pace = max(known, default=0.0) / max((n for name, n in self._prefills if name == model), default=1)
+    async def _pace(self, batches: Mapping[str, int], length: int) -> Pace:
+        """Of the first of these models, while all decode. Sequences whose prompts come first go on while the
+        others' are computed."""
+        model, batch = next(iter(batches)), sum(batches.values())
+        prompts = self._prompts.get(model) or {1: 0.0}
         step = self._steps.get(model, 1e-3)
-        steps = math.ceil((2 * STEP_SECONDS + 3 * batch * length * pace) / step)
-        async with self._traffic.decoding({model: batch}, steps, length) as streams:
-            return await streams.step(model, STEP_SECONDS)
+        computed = batch * length * sum(prompts.values()) / sum(prompts)
+        steps = math.ceil((2 * STEP_SECONDS + 3 * computed) / step)
+        async with self._traffic.decoding(batches, steps, length) as streams:
+            return await streams.pace(model, STEP_SECONDS)
 
-    async def _slower(self, model: str, batch: int, length: int, step: float) -> Slower:
-        """Of prompts of `length` and steps of `batch`. `step`: seconds of one alone."""
-        steps = math.ceil(2 * SIDE_SECONDS / step)
-        traffic = self._traffic
+    async def _beside(self, model: str, batch: int, length: int) -> Beside:
+        """Of prompts of `length` and steps of `batch`."""
+        traffic, steps = self._traffic, math.ceil(2 * SIDE_SECONDS / self._steps[model])
         async with (
             traffic.decoding({model: batch}, steps) as streams,
             traffic.fed(model, length, FEEDERS) as beside,
         ):
-            decode = await streams.step(model, SIDE_SECONDS) / step
+            decode = await streams.pace(model, SIDE_SECONDS)
         async with traffic.fed(model, length, FEEDERS) as alone:
             await asyncio.sleep(SIDE_SECONDS)
         prefill = beside.seconds / alone.seconds if alone.done > 1 and beside.done > 1 else 1.0
         together = None
-        if other := next((name for name in self._wanted.company if name != model), None):
+        other = next((name for name in self._wanted.company if name != model), None)
+        if other is not None and self._wanted.lanes > 1:
             async with traffic.decoding({model: batch, other: batch}, steps) as streams:
-                together = max(1.0, await streams.step(model, SIDE_SECONDS) / step)
-        return Slower(max(1.0, prefill), max(1.0, decode), together)
+                together = await streams.pace(model, SIDE_SECONDS)
+        return Beside(max(1.0, prefill), decode, together)
+
+
+def _net(pace: Pace, lease: float) -> float:
+    """Seconds of a step, without what leases take."""
+    return max(LEAST_NET * pace.step, pace.step - pace.leases * lease)
 
 
 def _milliseconds(seconds: float | None) -> float:

@@ -41,6 +41,8 @@ class SimOptions:
     """Decode jobs of different models that a unit runs side by side."""
     order_seconds: float = 0.0
     """From the end of a job to the beginning of one that is decided on only then."""
+    lease_seconds: float = 0.0
+    """Of a decode job, beside its steps."""
     patience: float = 120.0
     """Seconds after the last arrival when the simulation ends, whatever is left."""
     checked: bool = False
@@ -54,6 +56,7 @@ class SimOptions:
             compute_units=service.compute_units,
             decode_lanes=service.decode_lanes,
             order_seconds=service.order_seconds,
+            lease_seconds=service.lease_seconds,
         )
         if not service.slots:
             return changed
@@ -209,4 +212,5 @@ class _Cluster:
             self._options.compute_units,
             self._options.decode_lanes,
             self._options.order_seconds,
+            self._options.lease_seconds,
         )

@@ -8,7 +8,8 @@ one. A decode job is one event, not one per step: its progress is counted in ste
 a neighbour comes or goes.
 
 A job takes `order_seconds` from its decision to the device, but for a lease that goes on with the model of
-one that has just run to its end: a scheduler sends such a lease ahead.
+one that has just run to its end: a scheduler sends such a lease ahead. A decode job takes `lease_seconds`
+before its first step.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Work:
     ready: float = 0.0
     """When it is at the device."""
     began: float = -1.0
+    hold: float = 0.0
+    """Seconds until its first step begins, once it runs."""
     ending: bool = False
     alone: float = 0.0
     """Seconds of a step with the whole mesh. 0: not looked up yet."""
@@ -75,6 +78,7 @@ class Executor:
     decode_lanes: int = 1
     """Decode jobs of different models that run at once."""
     order_seconds: float = 0.0
+    lease_seconds: float = 0.0
     """See above."""
     lanes: dict[JobKind, deque[Work]] = field(default_factory=lambda: {"prefill": deque(), "decode": deque()})
     now: float = 0.0
@@ -95,6 +99,7 @@ class Executor:
         self._due = True
         follows = work.kind == "decode" and self._run_out.get(work.name) == self.now
         work.ready = self.now if follows else self.now + self.order_seconds
+        work.hold = self.lease_seconds if work.kind == "decode" else 0.0
         if work.ready > self.now:
             self._coming = min(self._coming, work.ready)
 
@@ -103,11 +108,14 @@ class Executor:
         work.ending = True
         ran = work.began >= 0
         work.steps = min(work.steps, max(1, int(work.done + 1 - 1e-9))) if ran else 0
+        work.hold = work.hold if ran else 0.0
         self._due = True
 
     def next_end(self) -> float:
         """When a job ends next or gets to the device, if nothing else happens. Infinity: there is none."""
-        ends = (self.now + max(0.0, work.steps - work.done) / speed for work, speed in self._speeds())
+        ends = (
+            self.now + work.hold + max(0.0, work.steps - work.done) / speed for work, speed in self._speeds()
+        )
         return min(self._coming, min(ends, default=float("inf")))
 
     def advance(self, now: float) -> list[Work]:
@@ -117,14 +125,16 @@ class Executor:
         if elapsed > 0 and running:
             decoding = sum(work.kind == "decode" for work, _ in running)
             for work, speed in running:
-                work.done += speed * elapsed
-                work.busy += elapsed
+                held = min(work.hold, elapsed)
+                work.hold -= held
+                work.done += speed * (elapsed - held)
+                work.busy += elapsed - held
                 others = decoding if work.kind == "prefill" else len(running) - decoding
                 work.beside += elapsed if others else 0.0
                 work.together += elapsed if work.kind == "decode" and decoding > 1 else 0.0
             self.busy += elapsed
         self.now = now
-        ended = [work for work, _ in running if work.done >= work.steps - 1e-7]
+        ended = [work for work, _ in running if work.done >= work.steps - 1e-7 and not work.hold]
         for work in ended:
             self.lanes[work.kind].remove(work)
             self._due = True

@@ -90,11 +90,12 @@ class Unit:
         compute_units: int = 0,
         decode_lanes: int = 1,
         order_seconds: float = 0.0,
+        lease_seconds: float = 0.0,
     ) -> None:
         """`models` with the rates that are expected here. `ahead`: most requests of a model that wait here
         and not in its queue. `finished` is told of requests that are over."""
         self.policy = policy
-        self.executor = Executor(costs, degree, compute_units, decode_lanes, order_seconds)
+        self.executor = Executor(costs, degree, compute_units, decode_lanes, order_seconds, lease_seconds)
         self.total = kv_bytes // BLOCK_BYTES
         self.available = self.total
         self.models = {model.name: _books(model, rate, slots) for model, rate in sorted(models, key=_name)}

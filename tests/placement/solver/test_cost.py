@@ -130,9 +130,10 @@ def test_a_table_may_say_what_the_service_adds() -> None:
         "slots": 64,
         "decode_lanes": 2,
         "order_seconds": 0.002,
+        "lease_seconds": 0.001,
     }
     costs = parse_costs({"$service": said, "m": cells})
-    assert costs.service == Service(0.01, 2, 64, 2, 0.002)
+    assert costs.service == Service(0.01, 2, 64, 2, 0.002, 0.001)
     assert costs.models == ["m"]
     for wrong in ({"speed": 1}, {"slots": -1}, {"slots": "many"}, {"slots": True}, 3):
         with pytest.raises(CostError, match=r"\$service"):

@@ -54,6 +54,8 @@ class Service:
     """Decode jobs of different models that run side by side."""
     order_seconds: float = 0.0
     """From the end of a job to the beginning of one that is decided on only then."""
+    lease_seconds: float = 0.0
+    """Of a decode job, beside its steps."""
 
 
 class CostModel(Protocol):
@@ -203,6 +205,7 @@ def _service(document: Any) -> Service:
         "slots": int,
         "decode_lanes": int,
         "order_seconds": float,
+        "lease_seconds": float,
     }
     found: dict[str, Any] = {}
     for key, value in _items(document[SERVICE], SERVICE):

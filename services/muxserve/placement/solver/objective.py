@@ -23,8 +23,8 @@ FAIRNESS = 0.5
 STARVED = 0.6
 """A model that is worth less than this, of 1, to its users starves."""
 HUNGER = 6.0
-"""What that costs at worst, in rates of the mean model: more than serving any one of them gains. The square of
-how far it is from enough counts: where all have to starve, they do a little each."""
+"""What that costs at worst, in rates of the mean model: more than serving any one of them gains. It is the
+square of how far it is from enough that counts: where there is too little for all, it is spread."""
 ABSENT = 1.0
 """What a model without a place costs, in rates of all models: serving the others does not make up for it."""
 UNEVEN = 1.3

@@ -39,6 +39,8 @@ RISE = 1.01
 """By how much the shortest step of late grows with each one that takes longer."""
 LEAST_PART = 0.5
 """Least part of that which a lone sequence's is taken to be."""
+SHORTEST = 1e-5
+"""Seconds of a step at least: a fit may say that one without context takes none."""
 STEP = (0.010, 0.001, 0.0)
 PREFILL = (0.005, 0.001, 0.0)
 """Seconds that are assumed before anything is known."""
@@ -136,7 +138,7 @@ class Latency:
         the fit may say anything; but it takes less than any other step, and not much less."""
         fitted = self.step(model, 1)
         least = self._least.get(model, fitted)
-        return min(least, max(LEAST_PART * least, fitted))
+        return max(SHORTEST, min(least, max(LEAST_PART * least, fitted)))
 
     def prefill(self, model: str, tokens: int) -> float:
         """Seconds of a prefill job of so many tokens, with nothing beside it."""
