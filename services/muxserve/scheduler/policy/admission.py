@@ -2,7 +2,8 @@
 
 Between now and its end a request waits for the prompts that go before its own, and until enough of what
 decodes has ended for it to join; then it decodes at the pace of so many. All of that is estimated from the
-fitted latencies, and corrected by how such estimates came true.
+fitted latencies. What comes true differs from it by the sum of many small delays: its spread grows with the
+square root of the time. An estimate is increased by as much of that as keeps deadlines from being missed.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from muxserve.scheduler.policy.latency import Latency
 
 MEMORY = 0.05
 """Weight of the newest observation."""
-CORRECTION = 0.15
-"""By how much estimates are stretched for each deadline that is missed, as a part."""
+CORRECTION = 0.1
+"""By how much the spread grows for a deadline that is missed, in seconds per square root of a second."""
 LATE = 0.01
-"""Part of the requests with a deadline that may miss it: estimates are stretched until no more do."""
-LEAST_RATIO, MOST_RATIO = 1.3, 4.0
-"""By how much estimates may be stretched."""
+"""Part of the requests with a deadline that may miss it: the spread grows until no more do."""
+LEAST_SPREAD, MOST_SPREAD = 0.5, 3.0
+"""In seconds per square root of a second."""
+DECISIONS = 32
+"""Decisions over which it is averaged how many are refusals."""
+PRESSED = 0.25
+"""Part of decisions that are refusals from which a missed deadline says something about the spread."""
 FIRST_RETRY, LAST_RETRY = 0.2, 30.0
 """Seconds after which a refused request may come again."""
 HALF_LIFE = 30.0
@@ -36,10 +41,12 @@ class Forecast:
         self._latency = latency
         self._used: dict[str, float] = {}
         """Part of the tokens that requests of a model may generate which they do."""
-        self._allowed: dict[int, float] = {}
-        """Seconds that admitted requests have from their arrival to their deadline."""
-        self._ratio = LEAST_RATIO
-        """What to multiply the part of an estimate by that is due to others."""
+        self._allowed: dict[int, tuple[float, float]] = {}
+        """Seconds that admitted requests have from their arrival to their deadline, and the spread by which
+        they were admitted."""
+        self._spread = LEAST_SPREAD
+        self._refusing = 0.0
+        """Part of the last decisions that were refusals."""
         self._seen = 0.0
         self._beside = 0.0
         """Part of their time in which decode jobs have a prefill job beside them."""
@@ -54,10 +61,15 @@ class Forecast:
             used = event.output / max(1, event.most)
             before = self._used.setdefault(event.model, used)
             self._used[event.model] = before + MEMORY * (used - before)
-        if allowed := self._allowed.pop(event.sequence, 0.0):
-            late = event.expired or event.seconds > allowed
-            change = CORRECTION * (1.0 if late else -LATE / (1 - LATE))
-            self._ratio = min(MOST_RATIO, max(LEAST_RATIO, self._ratio * (1 + change)))
+        if (admitted := self._allowed.pop(event.sequence, None)) is not None:
+            allowed, spread = admitted
+            if not spread:
+                return
+            if event.expired or event.seconds > allowed:
+                # Many that were admitted by one estimate say no more against it than one of them.
+                self._spread = min(MOST_SPREAD, max(self._spread, spread + CORRECTION))
+            else:
+                self._spread = max(LEAST_SPREAD, self._spread - CORRECTION * LATE / (1 - LATE))
 
     def output(self, model: str, most: int) -> int:
         """Tokens that a request will generate which may generate so many."""
@@ -71,11 +83,16 @@ class Forecast:
         """Whether it was decided on before."""
         return sequence in self._allowed
 
+    def refuse(self) -> None:
+        """It would be late."""
+        self._refusing += (1 - self._refusing) / DECISIONS
+
     def admit(self, sequence: int, seconds: float) -> None:
         """It is to be finished within so many seconds from its arrival."""
+        self._refusing -= self._refusing / DECISIONS
         if len(self._allowed) >= KEPT:
             del self._allowed[next(iter(self._allowed))]
-        self._allowed[sequence] = seconds
+        self._allowed[sequence] = (seconds, self._spread if self._refusing > PRESSED else 0.0)
 
     @property
     def prefill_pace(self) -> float:
@@ -89,9 +106,8 @@ class Forecast:
 
     def look(self, now: float) -> None:
         """Time passes: what was learned of a busy time fades."""
-        self._ratio = LEAST_RATIO + (self._ratio - LEAST_RATIO) * 0.5 ** (
-            max(0.0, now - self._seen) / HALF_LIFE
-        )
+        more = self._spread - LEAST_SPREAD
+        self._spread = LEAST_SPREAD + more * 0.5 ** (max(0.0, now - self._seen) / HALF_LIFE)
         self._seen = now
 
     def seconds(
@@ -116,8 +132,7 @@ class Forecast:
         wait = max(ahead * self.prefill_pace, short * leave)
         pace = max(step, min(max(limit, cycle), each * (seats + wanted + 1)))
         seconds = wait + prompt * self.prefill_pace + output * pace * self.decode_pace
-        alone = prompt + output * step
-        return alone + (seconds - alone) * self._ratio
+        return seconds + self._refusing * self._spread * math.sqrt(seconds)
 
 
 def retry_after(late: float) -> float:

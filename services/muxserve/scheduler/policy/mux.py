@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from muxserve.scheduler.policy.adbs import Adbs
 from muxserve.scheduler.policy.admission import Forecast, retry_after
@@ -39,12 +40,16 @@ FULL = 0.7
 """Part of `stretch` by which sequences that decode may slow each other down; waiting takes the rest."""
 RESERVE = 1.25
 """How far those that had little may go beyond that."""
+CALM = 2.0
+"""How far those may go who are not the ones that make it crowded."""
 OLD = 20.0
 """Seconds after which a late request is served before any other."""
 HOPELESS = 0.5
 """Part of the device that a sequence can count on: what needs more to be in time will be late."""
 LEAST_PACE = 0.5
 """Of a model whose sequences have time, in parts of what `stretch` allows."""
+PACE_SECONDS = 0.1
+"""For which that is taken to hold."""
 LEAST_PART = 0.2
 """Part of the time, and of the device, that prefill and decode have at least when targets cannot be met."""
 KEPT = 8192
@@ -57,6 +62,19 @@ LEAST_DUE = 0.2
 """Seconds that any request has until it is due."""
 
 Key = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What so many sequences of a model need."""
+
+    sequences: int
+    steps: float
+    """Per second, for all of them to be in time that can be."""
+    last_start: float
+    """When one of them would be late if it did not go on."""
+    until: float
+    """When this is to be found out anew."""
 
 
 class Mux(Adbs):
@@ -79,8 +97,7 @@ class Mux(Adbs):
         all."""
         self._begun = 0.0
         """Where a model begins that did not decode: where the one is that has had least."""
-        self._paces: dict[str, tuple[int, float, float]] = {}
-        """By model: sequences, the steps per second that these need, and until when that holds."""
+        self._paces: dict[str, Pace] = {}
         self._lost = False
         """Whether most of what waits is late."""
         self._rest_until = 0.0
@@ -90,7 +107,7 @@ class Mux(Adbs):
         """See `Policy`."""
         self._now = now
         if self._options.fairness:
-            self._tenants.look(snapshot.models)
+            self._tenants.look(snapshot.models, now)
         return super().decide(snapshot, now)
 
     def observe(self, event: Event) -> None:
@@ -101,7 +118,7 @@ class Mux(Adbs):
             self._latency.observe(event)
             self._tenants.observe(event)
             if event.kind == "decode" and event.model in self._served:
-                self._served[event.model] += event.steps / self._paces[event.model][1]
+                self._served[event.model] += event.steps / self._paces[event.model].steps
 
     # Admission
 
@@ -148,6 +165,7 @@ class Mux(Adbs):
         late = self._now + seconds - waiting.deadline
         if late > 0 and self._forecast.known(model.model):
             plan.refuse(waiting, retry_after(late))
+            self._forecast.refuse()
             return True
         self._forecast.admit(waiting.sequence, waiting.deadline - waiting.arrival)
         return False
@@ -193,9 +211,13 @@ class Mux(Adbs):
         for model in plan.models.values():
             if queue := plan.queue(model):
                 keys = {w.sequence: self._key(model, w) for w in queue}
-                late += sum(bool(key[LATENESS]) for key in keys.values())
-                all_of_them += len(queue)
                 queue.sort(key=lambda w: keys[w.sequence])  # used at once
+                if self._tenants.crowded:
+                    # No job is made longer by prompts of who crowds; those that hold blocks must get on.
+                    calm = [w for w in queue if w.open or not self._tenants.crowds(w.tenant)]
+                    queue = calm or queue
+                late += sum(bool(keys[w.sequence][LATENESS]) for w in queue)
+                all_of_them += len(queue)
                 keyed.append((keys[queue[0].sequence], model, queue))
         keyed.sort(key=lambda each: each[0])
         self._lost = self._options.slack and late > 0.5 * max(all_of_them, sum(plan.seated.values()))
@@ -233,8 +255,15 @@ class Mux(Adbs):
         if not count:
             return True
         cycle = self._cycle(plan, model.model)
-        rank = self._tenants.rank(waiting.tenant) if self._options.fairness else 0
-        return cycle <= self._cycle_limit(plan, model) * (1.0 if rank else RESERVE)
+        return cycle <= self._cycle_limit(plan, model) * self._reserve(waiting.tenant)
+
+    def _reserve(self, tenant: str) -> float:
+        """How far beyond the limit of `_cycle_limit` sequences of the tenant may go."""
+        if not self._options.fairness:
+            return RESERVE
+        if self._tenants.crowded:
+            return 1.0 if self._tenants.crowds(tenant) else CALM
+        return 1.0 if self._tenants.rank(tenant) else RESERVE
 
     def _cycle(self, plan: Plan, one_more: str = "") -> float:
         """Seconds in which every model does a step; with one more sequence of that model, if any."""
@@ -258,7 +287,8 @@ class Mux(Adbs):
 
     def _decode_order(self, plan: Plan, able: list[str]) -> list[str]:
         """Models by turns in proportion to the steps that they need: the one first whose steps, those of
-        leases that run included, suffice for the shortest time."""
+        leases that run included, suffice for the shortest time. Before these, one with a sequence that would
+        be late if it waited for another turn."""
         if not self._options.turns:
             return super()._decode_order(plan, able)
         for name in [n for n in self._served if n not in plan.models or not plan.models[n].running]:
@@ -268,24 +298,29 @@ class Mux(Adbs):
         for name in able:
             served = self._served.setdefault(name, self._begun)
             reached[name] = served + plan.leases(name) * steps / self._pace_of(plan.models[name])
-        return sorted(able, key=lambda name: reached[name])
+        soon = self._now + self._options.turn_seconds
+        last = {name: at if (at := self._paces[name].last_start) < soon else math.inf for name in able}
+        return sorted(able, key=lambda name: (last[name], reached[name]))
 
     def _pace_of(self, model: ModelSnapshot) -> float:
         """Steps per second that the model needs for all of its sequences to be in time that can be."""
         name, count = model.model, len(model.running)
         known = self._paces.get(name)
-        if known is not None and known[0] == count and self._now < known[2]:
-            return known[1]
+        if known is not None and known.sequences == count and self._now < known.until:
+            return known.steps
         least = self._latency.lone_step(name)
         usual = 1 / (self._options.stretch * least)
         rates = [model.tpot_target and 1 / model.tpot_target, LEAST_PACE * usual]
+        last_start = math.inf
         for r in model.running:
             left, tokens = self._due_of(name, r) - self._now, r.limit - r.length
-            if left * HOPELESS > tokens * least:  # others are late whatever is done
+            spare = left - tokens * least / HOPELESS
+            if spare > 0:  # others are late whatever is done
                 rates.append(tokens / left)
-        pace = min(max(rates), 1 / least)
-        self._paces[name] = (count, pace, self._now + 0.1)
-        return pace
+                last_start = min(last_start, self._now + spare)
+        steps = min(max(rates), 1 / least)
+        self._paces[name] = Pace(count, steps, last_start, self._now + PACE_SECONDS)
+        return steps
 
     def _due_of(self, model: str, running: Running) -> float:
         due = self._dues.get(running.sequence)

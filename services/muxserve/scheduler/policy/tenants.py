@@ -4,11 +4,14 @@ Language Models" (OSDI 2024).
 A tenant's counter grows with the tokens it is served. Who comes back after a pause is lifted to the least of
 those that wait, so that nobody saves up a right to crowd others out. Here that is less by `CREDIT`: the first
 request of a tenant that returns goes before those of one that was there all the time.
+
+Counters say whose turn it is; they do not say who makes it crowded. That is told from what each was served of
+late: see `Tenants.crowds`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from muxserve.scheduler.policy.interface import JobEnded, ModelSnapshot
 
@@ -18,6 +21,12 @@ CREDIT = 1000.0
 """Counters count as equal within this: a few requests' worth."""
 MOST = 10_000
 """Counters kept."""
+HALF_LIFE = 20.0
+"""Seconds in which half of what was served is forgotten, where it is asked who makes it crowded."""
+CROWD = 1.5
+"""How many times as much as tenants had on average somebody has who makes it crowded."""
+REBASE = 40
+"""Half-lives after which what was served is counted from a new origin: numbers stay small."""
 
 
 class Tenants:
@@ -29,16 +38,24 @@ class Tenants:
         """Who had something waiting at the last look."""
         self._last = 0.0
         """The least counter at the last look at which anybody waited."""
+        self._recent: dict[str, float] = {}
+        """What was served of late: what is new counts for more, instead of what is old for less."""
+        self._origin = self._now = 0.0
+        self._crowding: frozenset[str] = frozenset()
 
     def observe(self, event: JobEnded) -> None:
         """Charge what was served."""
         weight = INPUT if event.kind == "prefill" else OUTPUT
+        now = 2 ** ((self._now - self._origin) / HALF_LIFE)
         for tenant, tokens in event.tenants.items():
             self._counters[tenant] = self._counters.get(tenant, self._last) + weight * tokens
+            self._recent[tenant] = self._recent.get(tenant, 0.0) + now * weight * tokens
 
-    def look(self, models: Iterable[ModelSnapshot]) -> None:
+    def look(self, models: Sequence[ModelSnapshot], now: float) -> None:
         """See who waits; lift those that did not before."""
+        self._pass(now)
         waiting = {w.tenant for m in models for w in m.waiting}
+        self._crowding = self._who_crowds(waiting, models)
         stayed = [self._counters[tenant] for tenant in waiting & self._waiting if tenant in self._counters]
         least = min(stayed) if stayed else self._last
         for tenant in waiting - self._waiting:
@@ -49,6 +66,33 @@ class Tenants:
         if len(self._counters) > MOST:
             kept = sorted(self._counters, key=self._counters.__getitem__)[MOST // 2 :]
             self._counters = {tenant: self._counters[tenant] for tenant in {*kept, *waiting}}
+
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody has much more than others who are there too."""
+        return bool(self._crowding)
+
+    def crowds(self, tenant: str) -> bool:
+        """Whether that is this one."""
+        return tenant in self._crowding
+
+    def _who_crowds(self, waiting: set[str], models: Iterable[ModelSnapshot]) -> frozenset[str]:
+        """Of the tenants that wait or run. Nobody crowds without company."""
+        if len(self._recent) < 2:
+            return frozenset()
+        there = waiting | {r.tenant for m in models for r in m.running}
+        if len(there) < 2:
+            return frozenset()
+        had = {tenant: self._recent.get(tenant, 0.0) for tenant in there}
+        much = CROWD * sum(had.values()) / len(had)
+        return frozenset(tenant for tenant, tokens in had.items() if tokens > much)
+
+    def _pass(self, now: float) -> None:
+        self._now = now
+        if now - self._origin > REBASE * HALF_LIFE or len(self._recent) > MOST:
+            less = 2 ** ((self._origin - now) / HALF_LIFE)
+            self._origin = now
+            self._recent = {t: had * less for t, had in self._recent.items() if had * less > 1.0}
 
     def rank(self, tenant: str) -> int:
         """0 for those that had least; more for who had more."""
