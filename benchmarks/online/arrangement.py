@@ -24,11 +24,12 @@ def first_on_all(loaded: Loaded, order: Sequence[str], workers: Sequence[str], r
     return found
 
 
-def first_alone(order: Sequence[str], workers: Sequence[str]) -> Loaded:
-    """The most popular model has a worker for itself, the others share the rest by turns."""
-    rest = workers[1:]
-    others = {model: frozenset({rest[i % len(rest)]}) for i, model in enumerate(order[1:])}
-    return {order[0]: frozenset(workers[:1]), **others}
+def first_apart(order: Sequence[str], workers: Sequence[str], room: int) -> Loaded:
+    """The most popular model has a worker with as few others as can be, those that are asked for least.
+    `room`: models of a worker; two workers."""
+    beside = max(0, len(order) - 1 - room)
+    others = {model: frozenset(workers[1:]) for model in order[1 : len(order) - beside]}
+    return {model: frozenset(workers[:1]) for model in order} | others
 
 
 def fits(loaded: Loaded, room: int) -> bool:

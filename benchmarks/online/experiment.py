@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from benchmarks.online import judging
-from benchmarks.online.arrangement import Loaded, first_alone, first_on_all, fits
+from benchmarks.online.arrangement import Loaded, first_apart, first_on_all, fits
 from benchmarks.online.deployment import Deployment, Setup, copies
 from benchmarks.online.streams import Run, Stream, send
 from muxserve.bench.generator import Generator, Limits
@@ -47,8 +47,6 @@ class Plan:
     """Seconds from the flip until the operator does something."""
     static: float = 90.0
     """Of each candidate."""
-    alone: bool = True
-    """Whether the most popular model with a worker for itself is a candidate."""
     width: float = 15.0
     """Of the windows that goodput is taken of."""
     slo_scale: float = 8.0
@@ -77,7 +75,6 @@ QUICK = Plan(
     by_hand_before=12.0,
     by_hand_after=60.0,
     static=25.0,
-    alone=False,
     width=12.0,
 )
 
@@ -238,8 +235,7 @@ class Experiment:
         order, workers = self._plan.models[::-1], await deployment.workers()
         candidates = {"by advisor": reached} if all(reached.values()) else {}
         candidates["first on both"] = first_on_all(await deployment.loaded(), order, workers, ROOM)
-        if self._plan.alone:
-            candidates["first alone"] = first_alone(order, workers)
+        candidates["first apart"] = first_apart(order, workers, ROOM)
         candidates["as before"] = before
         found: dict[str, tuple[Loaded, list[Stream]]] = {}
         for name, wanted in candidates.items():

@@ -30,6 +30,9 @@ CLAIM = 1.0
 """Seconds between looks for requests of dead schedulers, and for those that are to be handed back."""
 INCOMING = 0.03
 """The same, and the longest pull, while another unit hands requests of the model over."""
+AT_ONCE, AT_ONCE_PART = 2, 0.125
+"""Requests that a busy unit takes at once of a model that others serve too: at least, and as a part of those
+that it has, so that a large unit does not run dry."""
 RELEASE_TIMEOUT = 0.5
 """Seconds for giving the lease back when the scheduler stops; else it runs out."""
 RETRY = 0.2
@@ -191,7 +194,13 @@ class UnitRunner:
                     await self._claim(model)
                     claim_at = loop.time() + pause
                 elif room := self.unit.room(model):
-                    for delivery in await self._queue.pull({model: room}, self.unit.name, block):
+                    yielded = 0.0 if incoming else self.unit.yields(model)
+                    if yielded:
+                        await asyncio.sleep(yielded)
+                    # What comes while a unit that is busy waits here would be its own at once.
+                    few = max(AT_ONCE, int(AT_ONCE_PART * self.unit.size))
+                    wanted, wait = (min(room, few), 0) if yielded else (room, block)
+                    for delivery in await self._queue.pull({model: wanted}, self.unit.name, wait):
                         self.unit.deliver(delivery)
                 else:
                     self._rooms[model].clear()

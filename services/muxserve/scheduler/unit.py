@@ -54,6 +54,9 @@ once without keeping those of others from here, where they go first."""
 SHARED = 12
 """Requests of a model that wait here at most while other units serve it too: what waits in the queue goes to
 whoever can take it first, which is what divides load among units."""
+SHORTEST_YIELD, YIELD, LONGEST_YIELD = 0.02, 0.005, 0.2
+"""Seconds for which a unit that has something to do leaves requests that other units may take too to those
+that have less: at least, so many more for each request that it has, and at most."""
 
 
 class Unit:
@@ -124,6 +127,11 @@ class Unit:
         """Models placed here."""
         return sorted(self._configs)
 
+    @property
+    def size(self) -> int:
+        """Requests that it has."""
+        return len(self._requests)
+
     def serves(self, model: str) -> bool:
         """Whether it takes requests: the worker is there and has loaded it, and it stays."""
         placed = model in self._configs and model not in self._leaving
@@ -141,6 +149,12 @@ class Unit:
         waiting = sum(r.sequence is None for r in self._requests.values() if r.model == model)
         most = AHEAD * self.seats.shapes[model].slots
         return max(0, (min(SHARED, most) if model in self._elsewhere else most) - waiting)
+
+    def yields(self, model: str) -> float:
+        """Seconds for which requests of `model` in its queue are left to units that have less to do."""
+        if model not in self._elsewhere or not self._requests:
+            return 0.0
+        return min(LONGEST_YIELD, SHORTEST_YIELD + YIELD * len(self._requests))
 
     def known(self, model: str) -> set[str]:
         """Entries of `model` that are in good hands."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.online.arrangement import Loaded, first_on_all, fits, next_move
+from benchmarks.online.arrangement import Loaded, first_apart, first_on_all, fits, next_move
 
 MODELS, WORKERS, ROOM = ["m0", "m1", "m2", "m3", "m4"], ["w0", "w1"], 3
 
@@ -31,3 +31,9 @@ def test_the_first_model_is_everywhere_and_others_stay_where_there_is_room(loade
     alone = {model: at for model, at in loaded.items() if model != "m4" and len(at) == 1}
     if fits({**alone, "m4": frozenset(WORKERS)}, ROOM):
         assert all(found[model] == at for model, at in alone.items())
+
+
+def test_the_first_model_is_apart_with_the_last_one() -> None:
+    found = first_apart(MODELS, WORKERS, ROOM)
+    assert {model for model, at in found.items() if "w0" in at} == {"m0", "m4"}
+    assert fits(found, ROOM) and all(len(at) == 1 for at in found.values())

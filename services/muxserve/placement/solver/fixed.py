@@ -21,6 +21,8 @@ ASLEEP = 0.25
 """What a request is worth whose model has to be loaded first."""
 PARTS = 16
 """In which the requests of a model are divided among its replicas."""
+FEWEST = 1
+"""That each replica gets at least: units that are busy pull less than others, and not nothing."""
 QUIET = 1e-3
 """Requests per second below which a model takes nothing from its neighbours."""
 USUAL_BATCH = 8
@@ -111,8 +113,8 @@ class FixedObjective:
     def _fill(self, model: int, others: Mapping[int, float]) -> dict[int, int]:
         """The parts of a model by machine, each given to the one that is least busy with it; `others`: how
         busy they are without it."""
-        parts = dict.fromkeys(others, 0)
-        for _ in range(PARTS):
+        parts = dict.fromkeys(others, min(FEWEST, PARTS // len(others)))
+        for _ in range(PARTS - sum(parts.values())):
             k = min(others, key=lambda k: others[k] + (parts[k] + 1) / PARTS * self._busy[model][k])
             parts[k] += 1
         return parts
