@@ -1,19 +1,21 @@
 """`python -m benchmarks.online`: popularity flips on two workers of one core each, and models follow.
 
-Five models, skewed by alpha = 2.1; each worker has room for the weights of three, so that one model has two
-places. The rate is 0.7 of what both workers serve together: the most popular model alone is about as much as
-one worker can do, so that it matters which model the second place goes to. In the middle of a run the order
-of popularity is reversed. It is measured how long it takes until requests are served within their objective
-(8 times the time alone) as often as 0.9 of what the best static placement for the new popularity does:
+Six models, skewed by alpha = 2.1; each worker has room for the weights of three. The rate is 0.6 of what both
+workers serve together, so that the most popular model takes most of one of them, and it matters who is there
+beside it: the second most popular one would be too much. In the middle of a run the order of popularity is
+reversed. (Where the model that was least popular is beside the most popular one, and nothing else is, the
+order can be reversed and nothing has to be moved: with five models that is the best placement for both.) It
+is measured how long it takes until requests are served within their objective (8 times the time alone) as
+often as 0.9 of what the best static placement for the new popularity does:
 
 - with rebalancing on;
 - by hand: nothing is moved by itself, an operator calls `muxserve rebalance` ten seconds after the flip and
   every five seconds from then on.
 
 The best static placement is the best of several that get the arrivals after the flip in the same run and are
-not changed: what the advisor came to, the most popular model on both workers, what there was before the flip
-(which shows whether anything has to be moved at all), and in the long run the most popular model alone. The
-last line is one JSON object.
+not changed: what the advisor came to, the most popular model with the two that are asked for least, models by
+turns, and what there was before the flip, which shows whether anything has to be moved at all. The last line
+is one JSON object.
 """
 
 from __future__ import annotations

@@ -11,9 +11,17 @@ Loaded: TypeAlias = Mapping[str, frozenset[str]]
 """Workers by model that is loaded there."""
 
 
-def first_on_all(loaded: Loaded, order: Sequence[str], workers: Sequence[str], room: int) -> Loaded:
+def by_turns(models: Sequence[str], workers: Sequence[str]) -> Loaded:
+    """Each in one place."""
+    return {model: frozenset({workers[i % len(workers)]}) for i, model in enumerate(models)}
+
+
+def first_on_all(loaded: Loaded, order: Sequence[str], workers: Sequence[str], room: int) -> Loaded | None:
     """The first model of `order`, the most popular one, on all `workers`, each other one in one place: where
-    it is if there is room for it, else on the worker with the fewest. `room`: models of a worker."""
+    it is if there is room for it, else on the worker with the fewest. `room`: models of a worker. None: they
+    do not fit."""
+    if len(workers) + len(order) - 1 > room * len(workers):
+        return None
     found = {order[0]: frozenset(workers)}
     counts = dict.fromkeys(workers, 1)
     for model in sorted(order[1:], key=lambda m: len(loaded[m])):  # what has a choice comes last
@@ -39,8 +47,9 @@ def fits(loaded: Loaded, room: int) -> bool:
 
 
 def next_move(loaded: Loaded, wanted: Loaded, room: int) -> Move | None:
-    """The next one on the way from `loaded` to `wanted`: no model is without a place on it, and no worker has
-    more than `room`. None: they are the same, or there is no way."""
+    """The next one on the way from `loaded` to `wanted`, on which no worker has more than `room`. No model is
+    without a place, but for one that makes room where workers are full and models are to change places. None:
+    they are the same."""
     for model, at in loaded.items():  # what is too much makes room
         if at & wanted[model] and at - wanted[model]:
             return Move(model, source=min(at - wanted[model]))
@@ -51,7 +60,9 @@ def next_move(loaded: Loaded, wanted: Loaded, room: int) -> Move | None:
             return Move(model, min(loaded[model]), min(targets))
     if lost:  # a replica that is wanted gives way for a while
         blocking = [m for m, at in loaded.items() if len(at) > 1 and at & wanted[lost[0]]]
-        return Move(blocking[0], source=min(loaded[blocking[0]] & wanted[lost[0]])) if blocking else None
+        if not blocking:
+            return Move(lost[-1], source=min(loaded[lost[-1]]))
+        return Move(blocking[0], source=min(loaded[blocking[0]] & wanted[lost[0]]))
     for model, at in loaded.items():
         if targets := wanted[model] - at - full:
             return Move(model, target=min(targets))

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from benchmarks.online import judging
-from benchmarks.online.arrangement import Loaded, first_apart, first_on_all, fits
+from benchmarks.online.arrangement import Loaded, by_turns, first_apart, first_on_all, fits
 from benchmarks.online.deployment import Deployment, Setup, copies
 from benchmarks.online.streams import Run, Stream, send
 from muxserve.bench.generator import Generator, Limits
@@ -34,9 +34,9 @@ AGAIN = 5.0
 class Plan:
     """Times are seconds."""
 
-    models: tuple[str, ...] = ("m0", "m1", "m2", "m3", "m4")
+    models: tuple[str, ...] = ("m0", "m1", "m2", "m3", "m4", "m5")
     alpha: float = 2.1
-    load: float = 0.7
+    load: float = 0.6
     """Rate, in parts of what is served when too much arrives."""
     flood: float = 20.0
     before: float = 90.0
@@ -188,7 +188,7 @@ class Experiment:
         loaded = await deployment.loaded()
         units = await deployment.workers()
         whole = all(loaded.values()) and fits(loaded, ROOM)
-        return loaded if whole else first_on_all(loaded, self._plan.models, units, ROOM)
+        return loaded if whole else by_turns(self._plan.models, units)
 
     async def _by_hand(self, deployment: Deployment, rate: float) -> Flip:
         """The flip, and an operator who asks for a rebalancing some time after it, and again."""
@@ -234,8 +234,10 @@ class Experiment:
         that are worth trying, and the one from before the flip."""
         order, workers = self._plan.models[::-1], await deployment.workers()
         candidates = {"by advisor": reached} if all(reached.values()) else {}
-        candidates["first on both"] = first_on_all(await deployment.loaded(), order, workers, ROOM)
+        if (both := first_on_all(await deployment.loaded(), order, workers, ROOM)) is not None:
+            candidates["first on both"] = both
         candidates["first apart"] = first_apart(order, workers, ROOM)
+        candidates["by turns"] = by_turns(order, workers)
         candidates["as before"] = before
         found: dict[str, tuple[Loaded, list[Stream]]] = {}
         for name, wanted in candidates.items():
