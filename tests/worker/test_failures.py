@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from muxserve.engine.arena import SharedArena
 from muxserve.v1 import worker_pb2
+from tests.engine.model_factory import make_model
 from tests.worker.harness import LIMIT, Harness, Stream, running_worker
 from tests.worker.random_orders import give_random_orders
 
@@ -22,10 +23,15 @@ PROMPT = [7, 11, 13, 17, 19]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def fragile(llama: Path) -> AsyncIterator[Harness]:
-    """A worker of this module's own, whose executors are killed."""
+async def fragile(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Harness]:
+    """A worker of this module's own, whose executors are killed.
+
+    A step of its model takes milliseconds, so that a job of 299 still runs when it is killed, however late.
+    """
+    wide = {"intermediate_size": 16384}
+    path = make_model("llama", tmp_path_factory.mktemp("wide"), head_dim=64, seed=1, overrides=wide)
     async with running_worker() as harness:
-        await harness.load("llama", llama)
+        await harness.load("llama", path)
         yield harness
 
 
@@ -46,9 +52,9 @@ async def test_a_killed_decode_executor_costs_its_own_job_and_comes_back(fragile
         [whole] = await stream.generate("llama", [PROMPT], 300)
         numbers = [await stream.open("llama", PROMPT, 300) for _ in range(2)]
         await stream.prefill("llama", dict.fromkeys(numbers, (0, 5)))
+        pid = pid_of(await fragile.info(), "decode")
         job = await stream.start_decode("llama", numbers[:1], 299)
         await stream.first_step(job)
-        pid = pid_of(await fragile.info(), "decode")
         os.kill(pid, signal.SIGKILL)
         result = await stream.result(job)
         assert result.outcome == "EXECUTOR_LOST"
