@@ -111,7 +111,7 @@ def test_jobs_say_their_shares_and_a_prefill_ends_no_lease() -> None:
 
 
 def test_decode_takes_turns_and_leases_get_shorter_with_company() -> None:
-    world = World(adbs(lease_steps=8, decode_jobs=1), 1000, {name: Shape(4, 1, 8) for name in "ab"})
+    world = World(adbs(lease_steps=8), 1000, {name: Shape(4, 1, 8) for name in "ab"})
     for name in "ab":
         running(world, name, 10, 50)
     served = []
@@ -215,7 +215,8 @@ def test_the_oldest_sequence_is_never_preempted() -> None:
     world.quotas = {"a": 5, "b": 20}
     oldest = running(world, "a", 80, 15)
     newer = running(world, "b", 16, 50)
-    decisions = world.decide()
+    while not preempted(decisions := world.decide()):
+        world.advance(job(world, DecodeJob))
     assert preempted(decisions) == [newer.number], "although a is the one above its quota"
     assert decodes(decisions)[0].sequences == (oldest.number,)
 

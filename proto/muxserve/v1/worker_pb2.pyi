@@ -787,6 +787,7 @@ class DecodeJob(_message.Message):
     SHARE_FIELD_NUMBER: _builtins.int
     LEAD_FIELD_NUMBER: _builtins.int
     BORROW_FIELD_NUMBER: _builtins.int
+    EXCLUSIVE_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """Its number."""
     model: _builtins.str
@@ -801,6 +802,10 @@ class DecodeJob(_message.Message):
     """
     borrow: _builtins.bool
     """As in PrefillJob."""
+    exclusive: _builtins.bool
+    """Whether it runs with no other decode job beside it: on a device that can run several at once it waits until none
+    runs, and those behind it until it has ended.
+    """
     @_builtins.property
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The batch."""
@@ -815,10 +820,11 @@ class DecodeJob(_message.Message):
         share: _builtins.float = ...,
         lead: _builtins.int = ...,
         borrow: _builtins.bool = ...,
+        exclusive: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrow", b"borrow", "job", b"job", "lead", b"lead", "model", b"model", "sequences", b"sequences", "share", b"share", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrow", b"borrow", "exclusive", b"exclusive", "job", b"job", "lead", b"lead", "model", b"model", "sequences", b"sequences", "share", b"share", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -166,6 +166,7 @@ class Seats:
             share=order.share,
             lead=job.lead,
             borrow=order.borrow,
+            exclusive=order.exclusive,
         )
         self.send(worker_pb2.JobsRequest(decode=message))
         return job
@@ -209,10 +210,8 @@ class Seats:
         return due and self.followed(job) is None
 
     def fresh(self, job: Job) -> bool:
-        """Whether it is a decode job whose turn it is, and that no step was heard of."""
-        other = self.followed(job)
-        first = other is None or job.number < other.number
-        return job.kind == "decode" and job.steps_left == job.steps and first
+        """Whether it is a decode job that no step was heard of."""
+        return job.kind == "decode" and job.steps_left == job.steps
 
     def followed(self, job: Job) -> Job | None:
         """Another job of its kind and model."""

@@ -43,6 +43,8 @@ class Work:
     share: float
     steps: int = 1
     """Decode: after how many it ends. Prefill: 1."""
+    exclusive: bool = False
+    """Whether no other decode job runs beside it."""
     done: float = 0.0
     """Steps that have run."""
     busy: float = 0.0
@@ -164,7 +166,7 @@ class Executor:
 
     def _decoding(self, prefill: Work | None) -> list[Work]:
         """The decode jobs that run: those that did, and those sent first, one of each model, as many as there
-        are lanes."""
+        are lanes; an exclusive one alone."""
         room = self.decode_lanes
         if prefill is not None and room > 1:
             # Two jobs on one core would only be in each other's way.
@@ -172,8 +174,12 @@ class Executor:
         lane = self.lanes["decode"]
         chosen = {work.name: work for work in lane if work.began >= 0}
         for work in lane:
-            if len(chosen) < room and work.ready <= self.now:
-                chosen.setdefault(work.name, work)
+            if any(each.exclusive for each in chosen.values()):
+                break
+            if len(chosen) < room and work.ready <= self.now and work.name not in chosen:
+                if work.exclusive and chosen:
+                    break
+                chosen[work.name] = work
         return list(chosen.values())
 
     def _threads(self, prefill: float, decode: float) -> int:

@@ -185,14 +185,13 @@ class Unit:
         return books.seen
 
     def _job(self, work: Work) -> RunningJob:
-        turn = work.began >= 0
         return RunningJob(
             work.number,
             work.kind,
             work.name,
             work.ending,
             last_step=work.steps - work.done <= 1,
-            fresh=work.kind == "decode" and turn and work.done < 1,
+            fresh=work.kind == "decode" and work.done < 1,
         )
 
     # What it decides
@@ -257,7 +256,7 @@ class Unit:
             running.groups, running.in_job, running.decoded = request.groups, True, True
         length = context / len(members) + order.steps / 2
         work = self._work("decode", books, len(members), length, order.share)
-        work.steps = order.steps
+        work.steps, work.exclusive = order.steps, order.exclusive
         self._start(Job(work, members, {}, 0, context), books)
 
     def _work(self, kind: str, books: Books, batch: int, length: float, share: float) -> Work:

@@ -96,7 +96,14 @@ def decode_order(message: worker_pb2.DecodeJob) -> DecodeOrder:
     steps = max(1, message.steps)
     sequences = tuple(message.sequences)
     return DecodeOrder(
-        message.job, message.model, sequences, steps, _share(message.share), message.lead, message.borrow
+        message.job,
+        message.model,
+        sequences,
+        steps,
+        _share(message.share),
+        message.lead,
+        message.borrow,
+        message.exclusive,
     )
 
 

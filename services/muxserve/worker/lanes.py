@@ -219,7 +219,7 @@ class Lane:
 
 class JobQueue:
     """Orders of one kind in the order in which they came, and the lanes that run them. Those of one model run
-    one after the other: they may have sequences in common."""
+    one after the other: they may have sequences in common. An exclusive one runs with none beside it."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class JobQueue:
     @property
     def shares(self) -> list[float]:
         """Compute shares of the jobs that run."""
-        return [order.share for lane in self.lanes if (order := lane.order) is not None]
+        return [order.share for order in self._running]
 
     def use_shares(self, shares: Shares) -> None:
         """Those of all jobs that run now: this queue's go on by them from their next steps on."""
@@ -278,8 +278,20 @@ class JobQueue:
                 lane.start(waiting.owner, waiting.order)
 
     def _next(self) -> _Waiting | None:
-        busy = {order.model for lane in self.lanes if (order := lane.order) is not None}
-        return next((waiting for waiting in self._waiting if waiting.order.model not in busy), None)
+        running = self._running
+        if any(_exclusive(order) for order in running):
+            return None
+        busy = {order.model for order in running}
+        first = next((waiting for waiting in self._waiting if waiting.order.model not in busy), None)
+        return None if first and running and _exclusive(first.order) else first
+
+    @property
+    def _running(self) -> list[Order]:
+        return [order for lane in self.lanes if (order := lane.order) is not None]
+
+
+def _exclusive(order: Order) -> bool:
+    return isinstance(order, DecodeOrder) and order.exclusive
 
 
 def tell_end(

@@ -60,6 +60,8 @@ class DecodeOrder:
     """When this many steps are left, no token is held back."""
     borrow: bool = False
     """As in `PrefillOrder`."""
+    exclusive: bool = False
+    """Whether no other decode job may run beside it."""
 
 
 Order = PrefillOrder | DecodeOrder

@@ -127,7 +127,7 @@ class Adbs:
             for name in self._decode_order(plan, able):
                 model = plan.models[name]
                 batch = [r for r in plan.idle(model) if not self._paused(plan, model, r)]
-                if batch and plan.decode(model, batch, steps, share):
+                if batch and plan.decode(model, batch, steps, share, self._exclusive(name)):
                     self._decoded(model, steps)
                     return
 
@@ -136,6 +136,10 @@ class Adbs:
     def _decode_order(self, plan: Plan, able: list[str]) -> list[str]:
         """The models that could decode, in the order in which they may."""
         return rotated(able, self._last_decode)
+
+    def _exclusive(self, model: str) -> bool:
+        """Whether leases of the model have the device's decode lanes for themselves."""
+        return False
 
     def _decoded(self, model: ModelSnapshot, steps: int) -> None:
         """The model got a lease of so many steps."""

@@ -9,7 +9,7 @@ square root of the time. An estimate is increased by as much of that as keeps de
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from muxserve.scheduler.policy.interface import Finished, JobEnded, ModelSnapshot
 from muxserve.scheduler.policy.latency import Latency
@@ -20,15 +20,17 @@ CORRECTION = 0.1
 """By how much the spread grows for a deadline that is missed, in seconds per square root of a second."""
 LATE = 0.01
 """Part of the requests with a deadline that may miss it: the spread grows until no more do."""
-LEAST_SPREAD, MOST_SPREAD = 0.5, 3.0
+QUICK = 1.0
+"""Seconds over which it is averaged how much prefill there is."""
+LEAST_SPREAD, MOST_SPREAD = 0.7, 3.0
 """In seconds per square root of a second."""
-DECISIONS = 32
+DECISIONS = 16
 """Decisions over which it is averaged how many are refusals."""
 PRESSED = 0.25
 """Part of decisions that are refusals from which a missed deadline says something about the spread."""
 FIRST_RETRY, LAST_RETRY = 0.2, 30.0
 """Seconds after which a refused request may come again."""
-HALF_LIFE = 30.0
+HALF_LIFE = 60.0
 """Seconds in which half of that is forgotten."""
 KEPT = 20_000
 """Admitted requests remembered."""
@@ -48,14 +50,16 @@ class Forecast:
         self._refusing = 0.0
         """Part of the last decisions that were refusals."""
         self._seen = 0.0
-        self._beside = 0.0
+        self._late = 0.0
+        """Part of what runs that will miss its deadline as things are."""
+        self.beside = 0.0
         """Part of their time in which decode jobs have a prefill job beside them."""
 
     def observe(self, event: JobEnded | Finished) -> None:
         """Learn from what ended."""
         if isinstance(event, JobEnded):
             if event.kind == "decode":
-                self._beside += MEMORY * (event.beside - self._beside)
+                self.beside += min(1.0, event.seconds / QUICK) * (event.beside - self.beside)
             return
         if not event.expired:
             used = event.output / max(1, event.most)
@@ -99,13 +103,17 @@ class Forecast:
         """Seconds that a second of prefill takes beside what decodes."""
         return self._latency.beside("prefill")
 
-    @property
-    def decode_pace(self) -> float:
-        """Seconds that a second of decode takes with the usual share of prefill beside it."""
-        return 1 + (self._latency.beside("decode") - 1) * self._beside
-
-    def look(self, now: float) -> None:
-        """Time passes: what was learned of a busy time fades."""
+    def look(self, now: float, models: Iterable[ModelSnapshot], pace: Callable[[str], float]) -> None:
+        """Time passes: what was learned of a busy time fades. Who will be late at the `pace` of now, in
+        seconds per token by model, says that there is too much before the first deadline is missed."""
+        seen = late = 0
+        for m in models:
+            each = self._used.get(m.model, 1.0) * pace(m.model) if m.running else 0.0
+            for r in m.running:
+                if (admitted := self._allowed.get(r.sequence)) is not None:
+                    seen += 1
+                    late += now + (r.limit - r.length) * each > r.arrival + admitted[0]
+        self._late = late / seen if seen else 0.0
         more = self._spread - LEAST_SPREAD
         self._spread = LEAST_SPREAD + more * 0.5 ** (max(0.0, now - self._seen) / HALF_LIFE)
         self._seen = now
@@ -121,18 +129,19 @@ class Forecast:
         own: tuple[float, int, float],
     ) -> float:
         """Seconds until the end of a request. ahead: seconds of prompts before its own. seats: sequences that
-        decode; wanted: that want to before it. cycle: seconds of a step of all that decode; limit: what it
-        may become. own: seconds of its prompt, tokens of its output, seconds of a step of it alone."""
+        decode; wanted: that want to before it. cycle: seconds in which all that decode have a token; limit:
+        what it may become. own: seconds of its prompt, tokens of its output, seconds of a step of it alone.
+        """
         prompt, output, step = own
         each = cycle / seats if seats else step
         fit = max(1.0, limit / each)
         left = sum(m.left * self._used.get(m.model, 1.0) for m in models)
         short = max(0.0, seats + wanted + 1 - fit)
-        leave = left / max(1, seats) * cycle * self.decode_pace / max(1, seats)
+        leave = left / max(1, seats) * cycle / max(1, seats)
         wait = max(ahead * self.prefill_pace, short * leave)
         pace = max(step, min(max(limit, cycle), each * (seats + wanted + 1)))
-        seconds = wait + prompt * self.prefill_pace + output * pace * self.decode_pace
-        return seconds + self._refusing * self._spread * math.sqrt(seconds)
+        seconds = wait + prompt * self.prefill_pace + output * pace
+        return seconds + max(self._refusing, self._late) * self._spread * math.sqrt(seconds)
 
 
 def retry_after(late: float) -> float:

@@ -159,8 +159,8 @@ class RunningJob:
     last_step: bool = False
     """Whether it will end with the step that runs."""
     fresh: bool = False
-    """Whether it is a decode job whose turn it is and that no step was heard of: ended now, it may have done
-    nothing."""
+    """Whether it is a decode job that no step was heard of: ended now, it may have done nothing, and its
+    model would have lost its turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +207,8 @@ class DecodeJob:
     share: float
     borrow: bool = True
     """As in `PrefillJob`."""
+    exclusive: bool = False
+    """Whether no other decode job may run beside it, on a device that has room for several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,9 +313,6 @@ class PolicyOptions:
     """Aim for prefill jobs no longer than this: a cancelled prompt holds its blocks until its chunk ends."""
     lease_steps: int = 8
     """Most steps of a decode job."""
-    decode_jobs: int = 2
-    """Decode jobs started at once on a device that runs one at a time: others (of other models) are next in
-    its queue. One more for each more that runs beside it."""
     prefill_share: float = 0.5
     """Compute share of a prefill job beside decode jobs."""
     decode_share: float = 0.5

@@ -16,6 +16,7 @@ another one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from muxserve.scheduler.policy.interface import JobEnded
 
@@ -47,7 +48,20 @@ PREFILL = (0.005, 0.001, 0.0)
 SCALE = (1.0, 100.0, 10_000.0)
 """Large values of the three features."""
 
+BETTER = 0.9
+"""How much shorter a cycle has to be for models to decode one after the other and not side by side."""
+
 Features = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """One decode step of each of some models."""
+
+    seconds: float
+    """With nothing beside them."""
+    exclusive: frozenset[str]
+    """Models that decode with no other one beside them."""
 
 
 class Fit:
@@ -102,11 +116,14 @@ class Latency:
         """By model: seconds of the shortest steps of late."""
         self._context: dict[str, float] = {}
         """Tokens of a sequence that decodes, as last seen."""
+        self._steps: dict[tuple[str, int, bool], float] = {}
+        """What `step` said since the last observation."""
 
     def observe(self, event: JobEnded) -> None:
         """Learn from a job."""
         if event.seconds <= 0 or event.steps < 1 or event.tokens < 1:
             return
+        self._steps.clear()
         regime = "together" if event.kind == "decode" and event.together >= 0.5 else event.kind
         fit = self._fits.setdefault((regime, event.model), self._new(event.kind))
         features = self._features(event)
@@ -152,16 +169,46 @@ class Latency:
         """By how much a job of that kind takes longer with one of the other kind beside it."""
         return 1 + self._neighbour[kind]
 
-    def cycle(self, batches: Sequence[tuple[str, int]], lanes: int) -> float:
-        """Seconds in which models with so many sequences each do one step each, so many at a time."""
-        together = lanes > 1 and len(batches) > 1
-        steps = [self.step(name, count, together) for name, count in batches]
-        return max(max(steps, default=0.0), sum(steps) / lanes) if together else sum(steps)
+    def cycle(self, batches: Sequence[tuple[str, int]], lanes: int) -> Cycle:
+        """The fastest way for models with so many sequences each to do one step each, so many at a time.
+
+        A large batch beside a small one has too few cores, and the small one steps that nobody needs: the
+        largest may be better off one after the other with all of them. Between those and the others, which
+        run side by side, a lane waits for the other for half a step or so.
+        """
+        alone = [self._step(name, count, False) for name, count in batches]
+        if lanes == 1 or len(batches) < 2:
+            return Cycle(sum(alone), frozenset())
+        beside = [self._step(name, count, True) for name, count in batches]
+        order = sorted(range(len(batches)), key=lambda i: -beside[i])
+        first, rest = 0.0, sum(beside)
+        best, exclusive = max(beside[order[0]], rest / lanes), 0
+        for count, i in enumerate(order, 1):
+            first += alone[i]
+            rest -= beside[i]
+            longest = beside[order[count]] if count < len(order) else 0.0
+            seconds = first + max(longest, rest / lanes) + longest / 2
+            if seconds < best * (BETTER if not exclusive else 1.0):
+                best, exclusive = seconds, count
+        return Cycle(best, frozenset(batches[i][0] for i in order[:exclusive]))
+
+    def busy_cycle(self, batches: Sequence[tuple[str, int]], lanes: int) -> float:
+        """The same while a prefill job runs, which has one of several lanes for itself."""
+        if lanes == 1:
+            return sum(self._step(name, count, False) for name, count in batches) * self.beside("decode")
+        steps = [self._step(name, count, True) for name, count in batches]
+        return max(max(steps, default=0.0), sum(steps) / (lanes - 1))
 
     def known(self, model: str) -> bool:
         """Whether jobs of both kinds of the model were observed."""
         decoded = ("decode", model) in self._fits or ("together", model) in self._fits
         return decoded and ("prefill", model) in self._fits
+
+    def _step(self, model: str, sequences: int, together: bool) -> float:
+        key = model, sequences, together
+        if (seconds := self._steps.get(key)) is None:
+            seconds = self._steps[key] = self.step(model, sequences, together)
+        return seconds
 
     def _features(self, event: JobEnded) -> Features:
         if event.kind == "prefill":

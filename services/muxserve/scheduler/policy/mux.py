@@ -31,9 +31,10 @@ from muxserve.scheduler.policy.interface import (
     Snapshot,
     Waiting,
 )
-from muxserve.scheduler.policy.latency import Latency
+from muxserve.scheduler.policy.latency import Cycle, Latency
 from muxserve.scheduler.policy.pace import PrefillPace
 from muxserve.scheduler.policy.plan import Plan
+from muxserve.scheduler.policy.slip import Slip
 from muxserve.scheduler.policy.tenants import Tenants
 
 FULL = 0.7
@@ -88,6 +89,7 @@ class Mux(Adbs):
         self._pace = PrefillPace(options)
         self._latency = Latency()
         self._forecast = Forecast(self._latency)
+        self._slip = Slip()
         self._tenants = Tenants()
         self._now = 0.0
         self._dues: dict[int, float] = {}
@@ -98,6 +100,8 @@ class Mux(Adbs):
         self._begun = 0.0
         """Where a model begins that did not decode: where the one is that has had least."""
         self._paces: dict[str, Pace] = {}
+        self._round = Cycle(0.0, frozenset())
+        """In which all that decode do a step."""
         self._lost = False
         """Whether most of what waits is late."""
         self._rest_until = 0.0
@@ -117,8 +121,10 @@ class Mux(Adbs):
         if isinstance(event, JobEnded):
             self._latency.observe(event)
             self._tenants.observe(event)
-            if event.kind == "decode" and event.model in self._served:
-                self._served[event.model] += event.steps / self._paces[event.model].steps
+            if event.kind == "decode":
+                self._slip.stepped(event.model, event.steps)
+                if event.model in self._served:
+                    self._served[event.model] += event.steps / self._paces[event.model].steps
 
     # Admission
 
@@ -134,7 +140,7 @@ class Mux(Adbs):
         }
         if not fresh:
             return
-        self._forecast.look(self._now)
+        self._forecast.look(self._now, plan.models.values(), lambda model: self._pace_in(plan, model))
         # By when they are due: what is due before is ahead.
         queue = sorted(
             ((self._due(m, w), w.sequence, m, w) for m in plan.models.values() for w in m.waiting),
@@ -158,8 +164,8 @@ class Mux(Adbs):
             ahead,
             sum(plan.seated.values()),
             wanted,
-            self._cycle(plan),
-            self._cycle_limit(plan, model),
+            self._pace_in(plan, model.model),
+            self._cycle_limit(plan, model) * RESERVE,
             (prompt, output, self._latency.lone_step(model.model)),
         )
         late = self._now + seconds - waiting.deadline
@@ -216,7 +222,7 @@ class Mux(Adbs):
                     # No job is made longer by prompts of who crowds; those that hold blocks must get on.
                     calm = [w for w in queue if w.open or not self._tenants.crowds(w.tenant)]
                     queue = calm or queue
-                late += sum(bool(keys[w.sequence][LATENESS]) for w in queue)
+                late += sum(bool(keys[w.sequence][LATENESS]) and w.deadline == math.inf for w in queue)
                 all_of_them += len(queue)
                 keyed.append((keys[queue[0].sequence], model, queue))
         keyed.sort(key=lambda each: each[0])
@@ -254,8 +260,8 @@ class Mux(Adbs):
         count = plan.seated[model.model]
         if not count:
             return True
-        cycle = self._cycle(plan, model.model)
-        return cycle <= self._cycle_limit(plan, model) * self._reserve(waiting.tenant)
+        pace = self._pace_in(plan, model.model, model.model)
+        return pace <= self._cycle_limit(plan, model) * self._reserve(waiting.tenant)
 
     def _reserve(self, tenant: str) -> float:
         """How far beyond the limit of `_cycle_limit` sequences of the tenant may go."""
@@ -268,13 +274,26 @@ class Mux(Adbs):
     def _cycle(self, plan: Plan, one_more: str = "") -> float:
         """Seconds in which every model does a step; with one more sequence of that model, if any."""
         batches = [(name, count + (name == one_more)) for name, count in plan.seated.items() if count]
-        return self._latency.cycle(batches, plan.lanes)
+        return self._latency.cycle(batches, plan.lanes).seconds
+
+    def _pace_in(self, plan: Plan, model: str, one_more: str = "") -> float:
+        """Seconds between two tokens of the model's sequences, as things are; with one more sequence, if
+        any."""
+        return self._slip.of(model) * self._expected(plan, one_more)
+
+    def _expected(self, plan: Plan, one_more: str = "") -> float:
+        """The same as the fits have it: part of the time there is prefill beside what decodes."""
+        batches = [(name, count + (name == one_more)) for name, count in plan.seated.items() if count]
+        cycle = self._latency.cycle(batches, plan.lanes).seconds
+        return cycle + self._forecast.beside * (self._latency.busy_cycle(batches, plan.lanes) - cycle)
 
     def _cycle_limit(self, plan: Plan, model: ModelSnapshot) -> float:
         """Seconds between two tokens that sequences of `model`, and all with a target, can bear."""
         targets = [m.tpot_target for m in plan.models.values() if m.tpot_target and m.running]
         own = model.tpot_target or FULL * self._options.stretch * self._latency.lone_step(model.model)
-        least = self._latency.cycle([(name, 1) for name, count in plan.seated.items() if count], plan.lanes)
+        least = self._latency.cycle(
+            [(name, 1) for name, count in plan.seated.items() if count], plan.lanes
+        ).seconds
         # Where most of what waits is late whatever is done, pace gives way to throughput.
         return max(min([own, *targets]), 2 * least) * (LOST if self._lost else 1.0)
 
@@ -284,6 +303,14 @@ class Mux(Adbs):
         return self._pace.budget(model.model, self._options.turn_seconds)
 
     # Leases
+
+    def _decode(self, plan: Plan) -> None:
+        batches = [(m.model, len(m.running)) for m in plan.models.values() if m.running]
+        self._round = self._latency.cycle(batches, plan.lanes if self._options.turns else 1)
+        self._slip.look(plan.models.values(), self._now, lambda: self._expected(plan))
+        if len(self._round.exclusive) == len(batches):
+            plan.lanes = 1
+        super()._decode(plan)
 
     def _decode_order(self, plan: Plan, able: list[str]) -> list[str]:
         """Models by turns in proportion to the steps that they need: the one first whose steps, those of
@@ -340,5 +367,8 @@ class Mux(Adbs):
         active = [m for m in plan.models.values() if m.running]
         if len(active) == 1:  # nobody waits for a turn
             return most
-        cycle = self._latency.cycle([(m.model, len(m.running)) for m in active], plan.lanes)
-        return max(min(2, most), min(most, round(self._options.turn_seconds / max(cycle, 1e-6))))
+        steps = round(self._options.turn_seconds / max(self._round.seconds, 1e-6))
+        return max(min(2, most), min(most, steps))
+
+    def _exclusive(self, model: str) -> bool:
+        return model in self._round.exclusive

@@ -215,8 +215,9 @@ class Plan:
         return any(r.decoded and r.sequence not in gone for m in self.models.values() for r in m.running)
 
     def decodable(self) -> list[str]:
-        """Models that could start a decode job, by name; none if enough are started."""
-        if self._leases >= self.options.decode_jobs + self.lanes - 1:
+        """Models that could start a decode job, by name. None if there is one for every lane that is not
+        about to end: which model comes next is decided as late as can be."""
+        if self._leases >= self.lanes:
             return []
         return [
             name
@@ -241,9 +242,10 @@ class Plan:
         batch: Sequence[Running],
         steps: int | None = None,
         share: float | None = None,
+        exclusive: bool = False,
     ) -> bool:
         """Start a decode job with those of `batch` (oldest first) that get blocks, with as many of `steps`
-        as fit.
+        as fit; `exclusive`: with no other beside it.
 
         If not even one step of all fits, the newest sequences that should give way are preempted. Returns
         whether a job was started.
@@ -266,7 +268,8 @@ class Plan:
         if not sequences:
             return False
         share = self.options.decode_share if share is None else share
-        self.decisions.append(DecodeJob(model.model, sequences, steps, share, self._borrows(model)))
+        borrow = self._borrows(model)
+        self.decisions.append(DecodeJob(model.model, sequences, steps, share, borrow, exclusive))
         self._decoding.add(model.model)
         self._leases += 1
         self._started.update(sequences)
