@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from muxserve.scheduler.policy.interface import JobEnded
+import pytest
+
+from muxserve.scheduler.policy.interface import JobEnded, ModelSnapshot, Running
 from muxserve.scheduler.policy.latency import Latency
+from muxserve.scheduler.policy.slip import Slip
 
 
 def test_a_lone_step_takes_some_time_whatever_was_seen() -> None:
@@ -15,3 +18,56 @@ def test_a_lone_step_takes_some_time_whatever_was_seen() -> None:
         latency.observe(JobEnded("decode", "seen", tokens=16, seconds=seconds, steps=1, context=context))
     assert latency.step("unseen", 1) == 0
     assert latency.lone_step("unseen") >= 1e-5
+
+
+def observed(*seconds: tuple[float, float]) -> Latency:
+    """One model's step takes `a + b * sequences`, `(a, b)` alone and beside another one."""
+    latency = Latency()
+    for sequences in list(range(1, 33)) * 10:
+        for together, (first, each) in enumerate(seconds):
+            latency.observe(
+                JobEnded(
+                    "decode", "m", sequences, first + each * sequences, steps=1, together=float(together)
+                )
+            )
+    return latency
+
+
+def test_a_large_batch_decodes_by_itself_where_a_small_one_beside_it_would_not_need_its_core() -> None:
+    latency = observed((0.010, 0.0005), (0.012, 0.0013))
+    cycle = latency.cycle([("m", 27), ("n", 1)], lanes=2)
+    assert cycle.exclusive == {"m", "n"}
+    assert cycle.seconds == pytest.approx(0.0235 + 0.0105, rel=0.05), "side by side it would be 0.047"
+
+
+def test_batches_alike_decode_side_by_side() -> None:
+    latency = observed((0.010, 0.0002), (0.012, 0.0003))
+    cycle = latency.cycle([(name, 8) for name in "abcd"], lanes=2)
+    assert not cycle.exclusive
+    assert cycle.seconds == pytest.approx(2 * 0.0144, rel=0.05)
+
+
+def test_the_largest_decodes_by_itself_and_the_others_side_by_side() -> None:
+    latency = observed((0.010, 0.0005), (0.010, 0.0015))
+    cycle = latency.cycle([("a", 80), *((name, 1) for name in "bcdefg")], lanes=2)
+    assert cycle.exclusive == {"a"}
+
+
+def test_while_a_prefill_job_runs_there_is_a_lane_less() -> None:
+    latency = observed((0.010, 0.0002), (0.012, 0.0003))
+    batches = [(name, 8) for name in "abcd"]
+    assert latency.busy_cycle(batches, lanes=2) == pytest.approx(4 * 0.0144, rel=0.05)
+    assert latency.busy_cycle(batches, lanes=1) > latency.cycle(batches, lanes=1).seconds
+
+
+def test_slip_is_how_much_longer_a_model_took_than_was_expected() -> None:
+    slip, running = Slip(), ModelSnapshot("m", 16, 2, 8, None, running=(Running(1, 0.0, 10, 99, 1),))
+    for window in range(20):
+        slip.look([running], float(window), lambda: 0.05)
+        slip.stepped("m", 10)
+    assert slip.of("m") == pytest.approx(2.0, rel=0.01), "ten steps a second, twenty expected"
+    assert slip.of("n") == 1.0
+    idle = ModelSnapshot("m", 16, 2, 8, None)
+    slip.look([idle], 20.0, lambda: 0.05)
+    slip.look([running], 1000.0, lambda: 0.05)
+    assert slip.of("m") == pytest.approx(2.0, rel=0.01), "nothing was expected while nothing ran"

@@ -105,6 +105,18 @@ def test_decode_jobs_of_two_models_run_side_by_side_where_there_are_lanes_for_th
     assert (third.together, one.beside) == (0.0, 0.0)
 
 
+def test_an_exclusive_decode_job_waits_for_all_lanes_and_those_behind_it_for_its_end() -> None:
+    executor = Executor(COSTS, 1, units=2, decode_lanes=2)
+    one, large, third = (work(n, "decode", steps=10) for n in (1, 2, 3))
+    large.name, large.exclusive = "n", True
+    for each in (one, large, third):
+        executor.start(each)
+    ended = run(executor)
+    step = seconds("decode", 1.0)
+    assert [ended[n] for n in (1, 2, 3)] == pytest.approx([10 * step, 20 * step, 30 * step])
+    assert (one.together, large.together) == (0.0, 0.0)
+
+
 def test_a_prefill_job_leaves_decode_jobs_the_cores_that_it_does_not_have() -> None:
     executor = Executor(COSTS, 1, units=2, decode_lanes=2)
     prefill, one, other = work(1, "prefill", 0.3), work(2, "decode", steps=50), work(3, "decode", steps=50)

@@ -198,11 +198,23 @@ class Stream:
         return job
 
     async def start_decode(
-        self, model: str, numbers: Iterable[int], steps: int, share: float = 1.0, borrow: bool = True
+        self,
+        model: str,
+        numbers: Iterable[int],
+        steps: int,
+        share: float = 1.0,
+        borrow: bool = True,
+        exclusive: bool = False,
     ) -> int:
         job = self._new_job()
         order = worker_pb2.DecodeJob(
-            job=job, model=model, sequences=numbers, steps=steps, share=share, borrow=borrow
+            job=job,
+            model=model,
+            sequences=numbers,
+            steps=steps,
+            share=share,
+            borrow=borrow,
+            exclusive=exclusive,
         )
         await self.say(decode=order)
         return job

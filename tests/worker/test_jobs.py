@@ -72,6 +72,21 @@ async def test_decode_jobs_of_different_models_run_side_by_side_and_those_of_one
         await stream.result(two)
 
 
+async def test_an_exclusive_decode_job_has_no_other_beside_it(worker: Harness) -> None:
+    async with worker.stream() as stream:
+        number, other = [await stream.open(model, prompts(20)[0], 80) for model in ("llama", "qwen")]
+        await stream.prefill("llama", {number: (0, 20)})
+        await stream.prefill("qwen", {other: (0, 20)})
+        before = await stream.start_decode("llama", [number], 40)
+        large = await stream.start_decode("qwen", [other], 20, exclusive=True)
+        behind = await stream.start_decode("llama", [number], 10)
+        await stream.first_step(large)
+        assert (await stream.first_step(before)).ended.is_set()
+        await stream.first_step(behind)
+        assert (await stream.first_step(large)).ended.is_set()
+        await stream.result(behind)
+
+
 async def test_two_models_of_different_head_size_and_dtype_decode_at_the_same_time(
     worker: Harness, llama: Path, qwen: Path
 ) -> None:
