@@ -54,7 +54,8 @@ class Arena(Protocol):
 
 
 class SharedArena:
-    """An arena in anonymous shared memory: the CPU's. Pages are taken when first touched."""
+    """An arena in anonymous shared memory: the CPU's. All of it is taken at once: a machine that has not
+    enough says so at the start, memory stays as it is from then on, and no step waits for pages."""
 
     def __init__(self, memory: Memfd, block_bytes: int, blocks: int) -> None:
         self._memory = memory
@@ -64,12 +65,11 @@ class SharedArena:
     @classmethod
     def create(cls, size: int, block_bytes: int) -> SharedArena:
         """An arena of the whole blocks that fit `size` bytes. Raises ArenaError, also if the machine or this
-        process's control group has not that much memory left: what is not there would be missed only when
-        touched, by a kernel that ends the process."""
+        process's control group has not that much memory left."""
         blocks = whole_blocks(size, block_bytes)
         require_memory(size, available_memory())
         try:
-            memory = Memfd.create("muxserve-arena", blocks * block_bytes)
+            memory = Memfd.create("muxserve-arena", blocks * block_bytes, reserved=True)
         except OSError as error:
             raise ArenaError("arena", f"{mebibytes(size)} of shared memory: {error.strerror}") from error
         return cls(memory, block_bytes, blocks)
@@ -78,7 +78,7 @@ class SharedArena:
     def attach(cls, fd: int, descriptor: AttachArena) -> SharedArena:
         """Map another process's arena; the caller may close `fd` at once. Raises ArenaError."""
         try:
-            memory = Memfd.attach(fd, descriptor.blocks * descriptor.block_bytes)
+            memory = Memfd.attach(fd, descriptor.blocks * descriptor.block_bytes, reserved=True)
         except ValueError as error:
             raise ArenaError("arena", str(error)) from error
         return cls(memory, descriptor.block_bytes, descriptor.blocks)

@@ -13,33 +13,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE, which Python's mmap does not name yet."""
 
 
 class Memfd:
     """A memfd whose size is sealed, mapped for reading and writing.
 
     Nothing has a name, so a crash leaves nothing behind: the memory goes with its last descriptor and map.
-    Pages are zero, and taken from the machine when first touched. Sealing makes an access inside the mapping
-    safe for ever: no process can cut the file under another, which would end that one with SIGBUS.
+    Pages are zero, and taken from the machine when first touched or, `reserved`, at once. Sealing makes an
+    access inside the mapping safe for ever: no process can cut the file under another, which would end that
+    one with SIGBUS.
 
     `fd`: to be passed to other processes; closed by `close()`. -1 for the side that attached.
     `data`: uint8 `[size]`, writable.
     """
 
-    def __init__(self, fd: int, size: int, *, owns: bool) -> None:
+    def __init__(self, fd: int, size: int, *, owns: bool, reserved: bool = False) -> None:
         self.fd = fd if owns else -1
         mapping = mmap.mmap(fd, size)
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages for shared memory
             mapping.madvise(mmap.MADV_HUGEPAGE)
+        if reserved:
+            with contextlib.suppress(OSError):  # a kernel before 5.14: each page is mapped when first touched
+                mapping.madvise(_POPULATE_WRITE)
         # The mapping lives as long as arrays over it: `close` never pulls it away from under a view.
         self.data: NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8)
 
     @classmethod
-    def create(cls, name: str, size: int) -> Memfd:
-        """Zeroed memory of `size` bytes. `name` is for people who look into /proc. Raises OSError."""
+    def create(cls, name: str, size: int, *, reserved: bool = False) -> Memfd:
+        """Zeroed memory of `size` bytes. `name` is for people who look into /proc; `reserved`: take all of it
+        from the machine now. Raises OSError, also if that has not enough left."""
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
+            if reserved:
+                os.posix_fallocate(fd, 0, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
             return cls(fd, size, owns=True)
         except BaseException:
@@ -47,9 +56,9 @@ class Memfd:
             raise
 
     @classmethod
-    def attach(cls, fd: int, size: int) -> Memfd:
-        """Map another process's memfd; the caller may close `fd` at once. ValueError if its size differs or
-        could change."""
+    def attach(cls, fd: int, size: int, *, reserved: bool = False) -> Memfd:
+        """Map another process's memfd; the caller may close `fd` at once. `reserved`: map all of its pages
+        now. ValueError if its size differs or could change."""
         found = os.fstat(fd).st_size
         if found != size:
             raise ValueError(f"the shared memory has {found} bytes, {size} are expected")
@@ -59,7 +68,7 @@ class Memfd:
             raise ValueError("the descriptor is not a memfd") from error
         if seals & _SIZE_SEALS != _SIZE_SEALS:
             raise ValueError("the shared memory's size is not sealed")
-        return cls(fd, size, owns=False)
+        return cls(fd, size, owns=False, reserved=reserved)
 
     def close(self) -> None:
         """Let go of the descriptor and of this object's view; the memory stays while others have theirs."""

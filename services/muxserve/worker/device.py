@@ -73,8 +73,8 @@ class CpuDevice:
         self.arena.close()
 
     def room(self) -> int:
-        # The executors' own memory is taken by now; the arena's is not yet.
-        return max(0, int(0.9 * (available_memory() - self.arena.blocks * self.arena.block_bytes)))
+        # The arena's memory and the executors' own are taken by now.
+        return int(0.9 * available_memory())
 
 
 def open_device(settings: WorkerSettings) -> WorkerDevice:

@@ -48,7 +48,7 @@ class WorkerSettings(ServiceSettings):
     slots: int = Field(64, ge=1, le=4096)
     """Sequences of one model that can be open at once."""
     weight_budget: Bytes | None = None
-    """Bytes that weights may take in all. Absent: 90% of what is available once the arena is full."""
+    """Bytes that weights may take in all. Absent: 90% of what is available beside the arena."""
     weight_host_budget: ByteSize | None = Field(None, ge=0)
     """Bytes of weights that are kept in host memory when their models are unloaded, so that they come back
     without a file being read. Absent: on a GPU a quarter of what is available at the start; on cpu 0, since
