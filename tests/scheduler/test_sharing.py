@@ -10,6 +10,7 @@ from tests.scheduler.conftest import Setting, eventually
 from tests.scheduler.fake_worker import shape
 
 REQUESTS = 8
+LOOKS = 5
 
 
 async def test_a_busy_unit_leaves_requests_to_an_idle_one(setting: Setting) -> None:
@@ -30,8 +31,13 @@ async def test_a_busy_unit_leaves_requests_to_an_idle_one(setting: Setting) -> N
     await eventually(lambda: workers[0].seated("b") == 1)
 
     async def pulling() -> bool:
-        """Whether the idle unit waits for requests of "a", and the busy one for those of "b" alone."""
-        return int((await setting.redis.info("clients"))["blocked_clients"]) == 2
+        """Whether the idle unit waits for requests of "a", and the busy one for those of "b" alone: not just
+        between two pulls for "b", while one for "a" has yet to end that began before it was busy."""
+        for _ in range(LOOKS):
+            if int((await setting.redis.info("clients"))["blocked_clients"]) != 2:
+                return False
+            await asyncio.sleep(0.02)
+        return True
 
     for number in range(REQUESTS):
         await eventually(pulling)

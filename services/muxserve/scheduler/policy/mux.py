@@ -55,14 +55,27 @@ LEAST_PART = 0.2
 """Part of the time, and of the device, that prefill and decode have at least when targets cannot be met."""
 KEPT = 8192
 """Sequences remembered."""
-LOST = 3.0
-"""By how much the pace may be slower where most of what waits is late."""
-LATENESS = 2
-"""Where a key says whether a request will be late."""
+LOST = 10.0
+"""By how much the pace may be slower where most of what waits will be late."""
+HOPELESS_QUEUE = 1.0
+"""How many times as long as its requests have on average it takes at least to serve a queue that is lost."""
+PATIENT = 2.0
+"""How many times as long as until it is due a request's deadline leaves it, if it is worth serving late."""
 LEAST_DUE = 0.2
 """Seconds that any request has until it is due."""
 
 Key = tuple[object, ...]
+
+
+@dataclass(slots=True)
+class Rush:
+    """What waits and is of use also when it is late."""
+
+    count: int = 0
+    left: float = 0.0
+    """Seconds that all of it would take one after the other."""
+    allowed: float = 0.0
+    """Seconds from arrival until it is due, each for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,10 @@ class Mux(Adbs):
         self._round = Cycle(0.0, frozenset())
         """In which all that decode do a step."""
         self._lost = False
-        """Whether most of what waits is late."""
+        """Whether most of what waits will be late, whatever is done."""
+        self._urgent = False
+        """Whether the prefill job that runs has the device for itself: somebody makes it crowded, and the
+        first tokens of others are not to wait for what that one decodes."""
         self._rest_until = 0.0
         """Until when no prompt is computed, for the sake of what decodes."""
 
@@ -186,6 +202,13 @@ class Mux(Adbs):
         super()._prefill(plan)
         if isinstance(job := plan.decisions[-1] if plan.decisions else None, PrefillJob):
             self._rest_until = self._now + self._duty(plan, job)
+            self._urgent = self._tenants.crowded and self._calm(plan, job)
+
+    def _calm(self, plan: Plan, job: PrefillJob) -> bool:
+        """Whether nothing in the job is of a tenant that makes it crowded."""
+        begun = {chunk.sequence for chunk in job.chunks}
+        tenants = {w.tenant for w in plan.models[job.model].waiting if w.sequence in begun}
+        return not any(self._tenants.crowds(tenant) for tenant in tenants)
 
     def _target(self, plan: Plan) -> float:
         """The shortest time per output token that something which decodes should have. 0: none."""
@@ -213,7 +236,7 @@ class Mux(Adbs):
     def _order(self, plan: Plan) -> list[tuple[ModelSnapshot, list[Waiting]]]:
         if not (self._options.slack or self._options.fairness):
             return super()._order(plan)
-        keyed, late, all_of_them = [], 0, 0
+        keyed, rush = [], Rush()
         for model in plan.models.values():
             if queue := plan.queue(model):
                 keys = {w.sequence: self._key(model, w) for w in queue}
@@ -222,11 +245,12 @@ class Mux(Adbs):
                     # No job is made longer by prompts of who crowds; those that hold blocks must get on.
                     calm = [w for w in queue if w.open or not self._tenants.crowds(w.tenant)]
                     queue = calm or queue
-                late += sum(bool(keys[w.sequence][LATENESS]) and w.deadline == math.inf for w in queue)
-                all_of_them += len(queue)
+                for w in queue:
+                    self._hurry(rush, model, w)
                 keyed.append((keys[queue[0].sequence], model, queue))
         keyed.sort(key=lambda each: each[0])
-        self._lost = self._options.slack and late > 0.5 * max(all_of_them, sum(plan.seated.values()))
+        long = HOPELESS_QUEUE * rush.allowed / max(1, rush.count)
+        self._lost = self._options.slack and self._drain(plan, rush) > long > 0
         return [(model, queue) for _, model, queue in keyed]
 
     def _key(self, model: ModelSnapshot, waiting: Waiting) -> Key:
@@ -241,6 +265,25 @@ class Mux(Adbs):
             left += self._output(model, waiting) * self._latency.lone_step(model.model)
         late = due < self._now + left and self._now - waiting.arrival < OLD
         return priority, rank, late, due, waiting.sequence
+
+    def _hurry(self, rush: Rush, model: ModelSnapshot, waiting: Waiting) -> None:
+        """Count a request that is of use also when it is late."""
+        due = self._due(model, waiting)
+        if waiting.deadline - waiting.arrival > PATIENT * (due - waiting.arrival):
+            rush.count += 1
+            rush.left += self._left(model, waiting)
+            rush.allowed += due - waiting.arrival
+
+    def _drain(self, plan: Plan, rush: Rush) -> float:
+        """Seconds in which all of that would be served, as fast as things are."""
+        expected = self._expected(plan)
+        alone = sum(count * self._latency.lone_step(name) for name, count in plan.seated.items())
+        return rush.left * min(1.0, expected / alone if alone else 1.0)
+
+    def _left(self, model: ModelSnapshot, waiting: Waiting) -> float:
+        """Seconds that it would take with the device for itself."""
+        prompt = self._latency.prefill(model.model, waiting.tokens - waiting.computed)
+        return prompt + self._output(model, waiting) * self._latency.lone_step(model.model)
 
     def _due(self, model: ModelSnapshot, waiting: Waiting) -> float:
         """When its first token should be there at the latest, or all of it where that is what counts."""
@@ -260,7 +303,7 @@ class Mux(Adbs):
         count = plan.seated[model.model]
         if not count:
             return True
-        pace = self._pace_in(plan, model.model, model.model)
+        pace = self._expected(plan, model.model) * self._slip.of_all(plan.seated)
         return pace <= self._cycle_limit(plan, model) * self._reserve(waiting.tenant)
 
     def _reserve(self, tenant: str) -> float:
@@ -276,13 +319,13 @@ class Mux(Adbs):
         batches = [(name, count + (name == one_more)) for name, count in plan.seated.items() if count]
         return self._latency.cycle(batches, plan.lanes).seconds
 
-    def _pace_in(self, plan: Plan, model: str, one_more: str = "") -> float:
-        """Seconds between two tokens of the model's sequences, as things are; with one more sequence, if
-        any."""
-        return self._slip.of(model) * self._expected(plan, one_more)
+    def _pace_in(self, plan: Plan, model: str) -> float:
+        """Seconds between two tokens of the model's sequences, as things are."""
+        return self._slip.of(model) * self._expected(plan)
 
     def _expected(self, plan: Plan, one_more: str = "") -> float:
-        """The same as the fits have it: part of the time there is prefill beside what decodes."""
+        """Seconds in which all that decode get a token, as the fits have it, with prefill beside them part of
+        the time; with one more sequence of that model, if any."""
         batches = [(name, count + (name == one_more)) for name, count in plan.seated.items() if count]
         cycle = self._latency.cycle(batches, plan.lanes).seconds
         return cycle + self._forecast.beside * (self._latency.busy_cycle(batches, plan.lanes) - cycle)
@@ -294,17 +337,20 @@ class Mux(Adbs):
         least = self._latency.cycle(
             [(name, 1) for name, count in plan.seated.items() if count], plan.lanes
         ).seconds
-        # Where most of what waits is late whatever is done, pace gives way to throughput.
+        # Where what waits will be late whatever is done, pace gives way to throughput.
         return max(min([own, *targets]), 2 * least) * (LOST if self._lost else 1.0)
 
     def _budget(self, plan: Plan, model: ModelSnapshot) -> int:
-        if not self._options.chunked:
+        if not self._options.chunked or self._lost:
             return super()._budget(plan, model)
         return self._pace.budget(model.model, self._options.turn_seconds)
 
     # Leases
 
     def _decode(self, plan: Plan) -> None:
+        if self._urgent and plan.prefilling:
+            plan.end_all_leases()
+            return
         batches = [(m.model, len(m.running)) for m in plan.models.values() if m.running]
         self._round = self._latency.cycle(batches, plan.lanes if self._options.turns else 1)
         self._slip.look(plan.models.values(), self._now, lambda: self._expected(plan))

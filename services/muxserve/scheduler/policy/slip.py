@@ -6,7 +6,7 @@ models, leases that end early, orders on their way. It is seen over a second at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from muxserve.scheduler.policy.interface import ModelSnapshot
@@ -37,6 +37,11 @@ class Slip:
     def of(self, model: str) -> float:
         """What the model's expected seconds per step are to be multiplied by."""
         return self._factors.get(model, 1.0)
+
+    def of_all(self, sequences: Mapping[str, int]) -> float:
+        """The mean of so many sequences by model."""
+        count = sum(sequences.values())
+        return sum(self.of(name) * n for name, n in sequences.items()) / count if count else 1.0
 
     def stepped(self, model: str, steps: int) -> None:
         """It has decoded so many steps."""
