@@ -3,9 +3,9 @@
 slack       Every request has a time at which it is due: its model's TTFT target, or `stretch` times what it
             takes alone on the device. Prompts go by that, so that short requests do not wait behind long
             ones; those that are late already let those pass that can still make it, until they get old. No
-            more sequences decode at once than keeps everybody's pace.
-turns       Models decode equally many steps per turn, so that each sequence gets on at the same pace, and
-            few of them if turns are dear.
+            more sequences decode at once than keeps everybody's pace, but where a queue is lost (`Rush`).
+turns       Models decode in proportion to the steps that their sequences need to be in time (`Turns`), few
+            at a time if turns are dear, side by side or one after the other (`Latency.cycle`).
 chunked     Prompts come in chunks short enough that the next urgent one is soon served.
 shares      Where models have targets for time per output token, prefill gets what compute these leave.
 borrow, priorities, fairness, admission: see `PolicyOptions`.
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from muxserve.scheduler.policy.adbs import Adbs
 from muxserve.scheduler.policy.admission import Forecast, retry_after
+from muxserve.scheduler.policy.dues import Dues, Rush
 from muxserve.scheduler.policy.interface import (
     AskAgain,
     Decision,
@@ -27,7 +27,6 @@ from muxserve.scheduler.policy.interface import (
     ModelSnapshot,
     PolicyOptions,
     PrefillJob,
-    Running,
     Snapshot,
     Waiting,
 )
@@ -36,6 +35,7 @@ from muxserve.scheduler.policy.pace import PrefillPace
 from muxserve.scheduler.policy.plan import Plan
 from muxserve.scheduler.policy.slip import Slip
 from muxserve.scheduler.policy.tenants import Tenants
+from muxserve.scheduler.policy.turns import Turns
 
 FULL = 0.7
 """Part of `stretch` by which sequences that decode may slow each other down; waiting takes the rest."""
@@ -45,50 +45,11 @@ CALM = 2.0
 """How far those may go who are not the ones that make it crowded."""
 OLD = 20.0
 """Seconds after which a late request is served before any other."""
-HOPELESS = 0.5
-"""Part of the device that a sequence can count on: what needs more to be in time will be late."""
-LEAST_PACE = 0.5
-"""Of a model whose sequences have time, in parts of what `stretch` allows."""
-PACE_SECONDS = 0.1
-"""For which that is taken to hold."""
 LEAST_PART = 0.2
 """Part of the time, and of the device, that prefill and decode have at least when targets cannot be met."""
-KEPT = 8192
-"""Sequences remembered."""
 LOST = 10.0
-"""By how much the pace may be slower where most of what waits will be late."""
-HOPELESS_QUEUE = 1.0
-"""How many times as long as its requests have on average it takes at least to serve a queue that is lost."""
-PATIENT = 2.0
-"""How many times as long as until it is due a request's deadline leaves it, if it is worth serving late."""
-LEAST_DUE = 0.2
-"""Seconds that any request has until it is due."""
-
+"""By how much the pace may be slower where most of what waits will be late whatever is done."""
 Key = tuple[object, ...]
-
-
-@dataclass(slots=True)
-class Rush:
-    """What waits and is of use also when it is late."""
-
-    count: int = 0
-    left: float = 0.0
-    """Seconds that all of it would take one after the other."""
-    allowed: float = 0.0
-    """Seconds from arrival until it is due, each for itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """What so many sequences of a model need."""
-
-    sequences: int
-    steps: float
-    """Per second, for all of them to be in time that can be."""
-    last_start: float
-    """When one of them would be late if it did not go on."""
-    until: float
-    """When this is to be found out anew."""
 
 
 class Mux(Adbs):
@@ -102,17 +63,11 @@ class Mux(Adbs):
         self._pace = PrefillPace(options)
         self._latency = Latency()
         self._forecast = Forecast(self._latency)
+        self._dues = Dues(options, self._latency, self._forecast)
+        self._turns = Turns(options, self._latency, self._dues)
         self._slip = Slip()
         self._tenants = Tenants()
         self._now = 0.0
-        self._dues: dict[int, float] = {}
-        """When sequences that decode are due, by number."""
-        self._served: dict[str, float] = {}
-        """Seconds for which the steps that each model has had suffice, since a time that is the same for
-        all."""
-        self._begun = 0.0
-        """Where a model begins that did not decode: where the one is that has had least."""
-        self._paces: dict[str, Pace] = {}
         self._round = Cycle(0.0, frozenset())
         """In which all that decode do a step."""
         self._lost = False
@@ -139,8 +94,7 @@ class Mux(Adbs):
             self._tenants.observe(event)
             if event.kind == "decode":
                 self._slip.stepped(event.model, event.steps)
-                if event.model in self._served:
-                    self._served[event.model] += event.steps / self._paces[event.model].steps
+                self._turns.observe(event)
 
     # Admission
 
@@ -159,7 +113,7 @@ class Mux(Adbs):
         self._forecast.look(self._now, plan.models.values(), lambda model: self._pace_in(plan, model))
         # By when they are due: what is due before is ahead.
         queue = sorted(
-            ((self._due(m, w), w.sequence, m, w) for m in plan.models.values() for w in m.waiting),
+            ((self._dues.waiting(m, w), w.sequence, m, w) for m in plan.models.values() for w in m.waiting),
             key=lambda each: each[:2],
         )
         ahead, wanted = 0.0, 0
@@ -174,7 +128,7 @@ class Mux(Adbs):
         self, plan: Plan, model: ModelSnapshot, waiting: Waiting, ahead: float, wanted: int, prompt: float
     ) -> bool:
         """Refuse a request if it would be. ahead, wanted: as in `Forecast.seconds`."""
-        output = self._output(model, waiting)
+        output = self._dues.output(model, waiting)
         seconds = self._forecast.seconds(
             plan.models.values(),
             ahead,
@@ -246,11 +200,10 @@ class Mux(Adbs):
                     calm = [w for w in queue if w.open or not self._tenants.crowds(w.tenant)]
                     queue = calm or queue
                 for w in queue:
-                    self._hurry(rush, model, w)
+                    rush.add(w, self._dues.waiting(model, w), self._dues.left(model, w))
                 keyed.append((keys[queue[0].sequence], model, queue))
         keyed.sort(key=lambda each: each[0])
-        long = HOPELESS_QUEUE * rush.allowed / max(1, rush.count)
-        self._lost = self._options.slack and self._drain(plan, rush) > long > 0
+        self._lost = self._options.slack and rush.lost(self._together(plan))
         return [(model, queue) for _, model, queue in keyed]
 
     def _key(self, model: ModelSnapshot, waiting: Waiting) -> Key:
@@ -259,42 +212,9 @@ class Mux(Adbs):
         rank = self._tenants.rank(waiting.tenant) if self._options.fairness else 0
         if not self._options.slack:
             return priority, rank, not waiting.open, waiting.arrival, waiting.sequence
-        due = self._due(model, waiting)
-        left = self._latency.prefill(model.model, waiting.tokens - waiting.computed)
-        if not model.ttft_target or waiting.emitted:
-            left += self._output(model, waiting) * self._latency.lone_step(model.model)
-        late = due < self._now + left and self._now - waiting.arrival < OLD
+        due = self._dues.waiting(model, waiting)
+        late = due < self._now + self._dues.left(model, waiting) and self._now - waiting.arrival < OLD
         return priority, rank, late, due, waiting.sequence
-
-    def _hurry(self, rush: Rush, model: ModelSnapshot, waiting: Waiting) -> None:
-        """Count a request that is of use also when it is late."""
-        due = self._due(model, waiting)
-        if waiting.deadline - waiting.arrival > PATIENT * (due - waiting.arrival):
-            rush.count += 1
-            rush.left += self._left(model, waiting)
-            rush.allowed += due - waiting.arrival
-
-    def _drain(self, plan: Plan, rush: Rush) -> float:
-        """Seconds in which all of that would be served, as fast as things are."""
-        expected = self._expected(plan)
-        alone = sum(count * self._latency.lone_step(name) for name, count in plan.seated.items())
-        return rush.left * min(1.0, expected / alone if alone else 1.0)
-
-    def _left(self, model: ModelSnapshot, waiting: Waiting) -> float:
-        """Seconds that it would take with the device for itself."""
-        prompt = self._latency.prefill(model.model, waiting.tokens - waiting.computed)
-        return prompt + self._output(model, waiting) * self._latency.lone_step(model.model)
-
-    def _due(self, model: ModelSnapshot, waiting: Waiting) -> float:
-        """When its first token should be there at the latest, or all of it where that is what counts."""
-        if model.ttft_target and not waiting.emitted:
-            return waiting.arrival + model.ttft_target
-        alone = self._latency.alone(model.model, waiting.tokens, self._output(model, waiting))
-        return min(waiting.arrival + max(LEAST_DUE, self._options.stretch * alone), waiting.deadline)
-
-    def _output(self, model: ModelSnapshot, waiting: Waiting) -> int:
-        """Tokens that it will generate."""
-        return self._forecast.output(model.model, waiting.limit - waiting.tokens)
 
     def _may_begin(self, plan: Plan, model: ModelSnapshot, waiting: Waiting) -> bool:
         """Whether one more sequence leaves the others their pace."""
@@ -314,9 +234,9 @@ class Mux(Adbs):
             return 1.0 if self._tenants.crowds(tenant) else CALM
         return 1.0 if self._tenants.rank(tenant) else RESERVE
 
-    def _cycle(self, plan: Plan, one_more: str = "") -> float:
-        """Seconds in which every model does a step; with one more sequence of that model, if any."""
-        batches = [(name, count + (name == one_more)) for name, count in plan.seated.items() if count]
+    def _cycle(self, plan: Plan) -> float:
+        """Seconds in which every model does a step."""
+        batches = [(name, count) for name, count in plan.seated.items() if count]
         return self._latency.cycle(batches, plan.lanes).seconds
 
     def _pace_in(self, plan: Plan, model: str) -> float:
@@ -329,6 +249,11 @@ class Mux(Adbs):
         batches = [(name, count + (name == one_more)) for name, count in plan.seated.items() if count]
         cycle = self._latency.cycle(batches, plan.lanes).seconds
         return cycle + self._forecast.beside * (self._latency.busy_cycle(batches, plan.lanes) - cycle)
+
+    def _together(self, plan: Plan) -> float:
+        """How many times as fast what decodes gets on as if one sequence decoded after the other."""
+        alone = sum(count * self._latency.lone_step(name) for name, count in plan.seated.items())
+        return alone / max(self._expected(plan), 1e-9)
 
     def _cycle_limit(self, plan: Plan, model: ModelSnapshot) -> float:
         """Seconds between two tokens that sequences of `model`, and all with a target, can bear."""
@@ -359,52 +284,9 @@ class Mux(Adbs):
         super()._decode(plan)
 
     def _decode_order(self, plan: Plan, able: list[str]) -> list[str]:
-        """Models by turns in proportion to the steps that they need: the one first whose steps, those of
-        leases that run included, suffice for the shortest time. Before these, one with a sequence that would
-        be late if it waited for another turn."""
         if not self._options.turns:
             return super()._decode_order(plan, able)
-        for name in [n for n in self._served if n not in plan.models or not plan.models[n].running]:
-            del self._served[name]
-        self._begun = max(self._begun, min(self._served.values(), default=0.0))
-        steps, reached = self._steps(plan) or 1, {}
-        for name in able:
-            served = self._served.setdefault(name, self._begun)
-            reached[name] = served + plan.leases(name) * steps / self._pace_of(plan.models[name])
-        soon = self._now + self._options.turn_seconds
-        last = {name: at if (at := self._paces[name].last_start) < soon else math.inf for name in able}
-        return sorted(able, key=lambda name: (last[name], reached[name]))
-
-    def _pace_of(self, model: ModelSnapshot) -> float:
-        """Steps per second that the model needs for all of its sequences to be in time that can be."""
-        name, count = model.model, len(model.running)
-        known = self._paces.get(name)
-        if known is not None and known.sequences == count and self._now < known.until:
-            return known.steps
-        least = self._latency.lone_step(name)
-        usual = 1 / (self._options.stretch * least)
-        rates = [model.tpot_target and 1 / model.tpot_target, LEAST_PACE * usual]
-        last_start = math.inf
-        for r in model.running:
-            left, tokens = self._due_of(name, r) - self._now, r.limit - r.length
-            spare = left - tokens * least / HOPELESS
-            if spare > 0:  # others are late whatever is done
-                rates.append(tokens / left)
-                last_start = min(last_start, self._now + spare)
-        steps = min(max(rates), 1 / least)
-        self._paces[name] = Pace(count, steps, last_start, self._now + PACE_SECONDS)
-        return steps
-
-    def _due_of(self, model: str, running: Running) -> float:
-        due = self._dues.get(running.sequence)
-        if due is None:
-            if len(self._dues) > KEPT:
-                self._dues.clear()
-            output = self._forecast.output(model, running.limit - running.prompt)
-            alone = self._latency.alone(model, running.prompt, output)
-            due = running.arrival + max(LEAST_DUE, self._options.stretch * alone)
-            self._dues[running.sequence] = due
-        return due
+        return self._turns.order(plan, able, self._steps(plan) or 1, self._now)
 
     def _steps(self, plan: Plan) -> int | None:
         if not self._options.turns:
