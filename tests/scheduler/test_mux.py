@@ -177,6 +177,15 @@ def test_a_tenant_that_floods_moves_the_others_first_tokens_little() -> None:
     assert ttft99(True) < 3 * ttft99(False)
 
 
+def test_prompts_of_others_do_not_stop_for_good_what_the_one_decodes_that_crowds() -> None:
+    world = TimedWorld(taught(mux(), "m0"), BLOCKS, {"m0": SHAPE})
+    crowd = [Arrival(0.01 * n, "m0", 20, 100, tenant="much") for n in range(20)]
+    flood = [Arrival(1.0 + 0.05 * n, "m0", 100, 2, tenant=f"t{n % 50}") for n in range(600)]
+    world.play([*crowd, *flood])
+    ends = [r.end for r in world.finished if r.tenant == "much"]
+    assert max(ends) < 20, "prompts come for 30 s, and take longer than that"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.3, 2.1])
 def test_its_goodput_in_simulated_time_is_not_below_any_baseline(alpha: float) -> None:

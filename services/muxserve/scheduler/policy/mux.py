@@ -75,6 +75,8 @@ class Mux(Adbs):
         self._urgent = False
         """Whether the prefill job that runs has the device for itself: somebody makes it crowded, and the
         first tokens of others are not to wait for what that one decodes."""
+        self._rested = True
+        """Whether something decoded since the last one that had: prompts do not stop it for good."""
         self._rest_until = 0.0
         """Until when no prompt is computed, for the sake of what decodes."""
 
@@ -93,6 +95,7 @@ class Mux(Adbs):
             self._latency.observe(event)
             self._tenants.observe(event)
             if event.kind == "decode":
+                self._rested = True
                 self._slip.stepped(event.model, event.steps)
                 self._turns.observe(event)
 
@@ -156,7 +159,8 @@ class Mux(Adbs):
         super()._prefill(plan)
         if isinstance(job := plan.decisions[-1] if plan.decisions else None, PrefillJob):
             self._rest_until = self._now + self._duty(plan, job)
-            self._urgent = self._tenants.crowded and self._calm(plan, job)
+            self._urgent = self._rested and self._tenants.crowded and self._calm(plan, job)
+            self._rested = not self._urgent
 
     def _calm(self, plan: Plan, job: PrefillJob) -> bool:
         """Whether nothing in the job is of a tenant that makes it crowded."""
