@@ -169,7 +169,7 @@ def test_a_lease_takes_time_beside_its_steps() -> None:
     executor.end_lease(dropped)
     one = 0.005 + 2 * step
     assert run(executor) == pytest.approx({1: one, 2: 2 * one, 3: 2 * one})
-    assert first.busy == pytest.approx(2 * step), "what policies hear of is the time of steps"
+    assert first.busy == pytest.approx(one), "lanes are busy meanwhile, and policies hear of that"
     executor.start(prefill := work(4, "prefill"))
     run(executor)
     assert prefill.busy == pytest.approx(seconds("prefill", 1.0))

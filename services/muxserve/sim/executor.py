@@ -7,9 +7,9 @@ both kinds have them in proportion to their shares, decode jobs equal parts of t
 one. A decode job is one event, not one per step: its progress is counted in steps, and its speed changes when
 a neighbour comes or goes.
 
-A job takes `order_seconds` from its decision to the device, but for a lease that goes on with the model of
-one that has just run to its end: a scheduler sends such a lease ahead. A decode job takes `lease_seconds`
-before its first step.
+A job takes `order_seconds` from its decision to the device, but for a lease that follows on one that has just
+run to its end: a scheduler sends that ahead. A decode job takes `lease_seconds` beside its steps, here before
+the first; who asks how long it ran is told with them.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ class Executor:
     """Whether speeds are to be worked out again."""
     _coming: float = float("inf")
     """When the next job gets to the device."""
-    _run_out: dict[str, float] = field(default_factory=dict)
-    """By model, when its last lease has run to its end."""
+    _run_out: float = -1.0
+    """When the last lease has run to its end."""
 
     def start(self, work: Work) -> None:
         """Put a job at the end of its lane. The time is what `advance` was last told."""
         self.lanes[work.kind].append(work)
         self._due = True
-        follows = work.kind == "decode" and self._run_out.get(work.name) == self.now
+        follows = work.kind == "decode" and self._run_out == self.now
         work.ready = self.now if follows else self.now + self.order_seconds
         work.hold = self.lease_seconds if work.kind == "decode" else 0.0
         if work.ready > self.now:
@@ -130,7 +130,7 @@ class Executor:
                 held = min(work.hold, elapsed)
                 work.hold -= held
                 work.done += speed * (elapsed - held)
-                work.busy += elapsed - held
+                work.busy += elapsed
                 others = decoding if work.kind == "prefill" else len(running) - decoding
                 work.beside += elapsed if others else 0.0
                 work.together += elapsed if work.kind == "decode" and decoding > 1 else 0.0
@@ -141,7 +141,7 @@ class Executor:
             self.lanes[work.kind].remove(work)
             self._due = True
             if work.kind == "decode" and not work.ending:
-                self._run_out[work.name] = now
+                self._run_out = now
         if now >= self._coming:
             later = [w.ready for lane in self.lanes.values() for w in lane if w.ready > now]
             self._coming = min(later, default=float("inf"))

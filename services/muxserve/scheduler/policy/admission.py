@@ -31,7 +31,7 @@ PRESSED = 0.25
 FIRST_RETRY, LAST_RETRY = 0.2, 30.0
 """Seconds after which a refused request may come again."""
 HALF_LIFE = 60.0
-"""Seconds in which half of that is forgotten."""
+"""Seconds without refusals in which half of that is forgotten."""
 KEPT = 20_000
 """Admitted requests remembered."""
 
@@ -115,7 +115,8 @@ class Forecast:
                     late += now + (r.limit - r.length) * each > r.arrival + admitted[0]
         self._late = late / seen if seen else 0.0
         more = self._spread - LEAST_SPREAD
-        self._spread = LEAST_SPREAD + more * 0.5 ** (max(0.0, now - self._seen) / HALF_LIFE)
+        passed = (1 - self._refusing) * max(0.0, now - self._seen)
+        self._spread = LEAST_SPREAD + more * 0.5 ** (passed / HALF_LIFE)
         self._seen = now
 
     def seconds(
