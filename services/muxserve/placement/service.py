@@ -144,11 +144,11 @@ class AdminServicer(MigrationServicer):
 
 
 async def _all(questions: Iterable[Awaitable[T]]) -> list[T]:
-    """The answers of those that answer."""
+    """The answers of those that answer. A call can be cancelled with the connection that it is on."""
     answers = await asyncio.gather(*questions, return_exceptions=True)
     result = []
     for answer in answers:
-        if isinstance(answer, ServiceError | grpc.aio.AioRpcError):
+        if isinstance(answer, ServiceError | grpc.aio.AioRpcError | asyncio.CancelledError):
             log.debug("a service does not answer", error=str(answer))
         elif isinstance(answer, BaseException):
             raise answer

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import product
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,8 +9,9 @@ from benchmarks.online.arrangement import Loaded, by_turns, first_apart, first_o
 
 MODELS, WORKERS, ROOM = ["m0", "m1", "m2", "m3", "m4"], ["w0", "w1"], 3
 
-PLACES = st.sampled_from([frozenset({"w0"}), frozenset({"w1"}), frozenset(WORKERS)])
-PLACEMENTS = st.fixed_dictionaries(dict.fromkeys(MODELS, PLACES)).filter(lambda loaded: fits(loaded, ROOM))
+PLACES = (frozenset({"w0"}), frozenset({"w1"}), frozenset(WORKERS))
+ALL = [dict(zip(MODELS, places, strict=True)) for places in product(PLACES, repeat=len(MODELS))]
+PLACEMENTS = st.sampled_from([loaded for loaded in ALL if fits(loaded, ROOM)])
 
 
 @given(PLACEMENTS, PLACEMENTS)
