@@ -49,24 +49,18 @@ def run(
 def counter(admin: str) -> Leases:
     """Of the units that the placement service there knows of; of none if there is none."""
 
-    def count() -> int:
-        with grpc.insecure_channel(admin) as channel:
-            units = admin_pb2_grpc.AdminServiceStub(channel).GetStatus(
-                admin_pb2.GetStatusRequest(), timeout=5
-            )
-        return sum(unit.decode_jobs for unit in units.units)
-
     async def leases() -> int:
-        return await asyncio.to_thread(count) if admin else 0
+        if not admin:
+            return 0
+        return sum(unit.decode_jobs for unit in (await asyncio.to_thread(_status, admin)).units)
 
     return leases
 
 
 def describe(admin: str) -> dict[str, int]:
     """Cores and slots, if the placement service says so and workers are alike."""
-    with suppress(grpc.RpcError), grpc.insecure_channel(admin) as channel:
-        stub = admin_pb2_grpc.AdminServiceStub(channel)
-        workers = stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=5).workers
+    with suppress(grpc.RpcError):
+        workers = _status(admin).workers
         units = {worker.compute_units if worker.device == "cpu" else 0 for worker in workers}
         slots = {model.shape.slots for worker in workers for model in worker.models}
         lanes = {sum(each.kind != "prefill" for each in worker.executors) for worker in workers}
@@ -74,3 +68,8 @@ def describe(admin: str) -> dict[str, int]:
             return {"compute_units": units.pop(), "slots": slots.pop(), "decode_lanes": max(1, lanes.pop())}
     typer.echo(f"{admin} does not say how many cores and slots there are, or they differ", err=True)
     return {}
+
+
+def _status(admin: str) -> admin_pb2.GetStatusResponse:
+    with grpc.insecure_channel(admin) as channel:
+        return admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=5)

@@ -110,7 +110,8 @@ class Executor:
         work.ending = True
         ran = work.began >= 0
         work.steps = min(work.steps, max(1, int(work.done + 1 - 1e-9))) if ran else 0
-        work.hold = work.hold if ran else 0.0
+        if not ran:
+            work.hold = 0.0
         self._due = True
 
     def next_end(self) -> float:

@@ -142,6 +142,12 @@ class Latency:
     def step(self, model: str, sequences: int, together: bool = False) -> float:
         """Seconds of a decode step of so many sequences of usual length, with nothing beside it, or with one
         of another model."""
+        key = model, sequences, together
+        if (seconds := self._steps.get(key)) is None:
+            seconds = self._steps[key] = self._fitted_step(model, sequences, together)
+        return seconds
+
+    def _fitted_step(self, model: str, sequences: int, together: bool) -> float:
         context = self._context.get(model, 0.0)
         features = (1.0, float(sequences), sequences * context)
         this, other = ("together", "decode") if together else ("decode", "together")
@@ -176,10 +182,10 @@ class Latency:
         largest may be better off one after the other with all of them. Between those and the others, which
         run side by side, a lane waits for the other for half a step or so.
         """
-        alone = [self._step(name, count, False) for name, count in batches]
+        alone = [self.step(name, count, False) for name, count in batches]
         if lanes == 1 or len(batches) < 2:
             return Cycle(sum(alone), frozenset())
-        beside = [self._step(name, count, True) for name, count in batches]
+        beside = [self.step(name, count, True) for name, count in batches]
         order = sorted(range(len(batches)), key=lambda i: -beside[i])
         first, rest = 0.0, sum(beside)
         best, exclusive = max(beside[order[0]], rest / lanes), 0
@@ -195,20 +201,14 @@ class Latency:
     def busy_cycle(self, batches: Sequence[tuple[str, int]], lanes: int) -> float:
         """The same while a prefill job runs, which has one of several lanes for itself."""
         if lanes == 1:
-            return sum(self._step(name, count, False) for name, count in batches) * self.beside("decode")
-        steps = [self._step(name, count, True) for name, count in batches]
+            return sum(self.step(name, count, False) for name, count in batches) * self.beside("decode")
+        steps = [self.step(name, count, True) for name, count in batches]
         return max(max(steps, default=0.0), sum(steps) / (lanes - 1))
 
     def known(self, model: str) -> bool:
         """Whether jobs of both kinds of the model were observed."""
         decoded = ("decode", model) in self._fits or ("together", model) in self._fits
         return decoded and ("prefill", model) in self._fits
-
-    def _step(self, model: str, sequences: int, together: bool) -> float:
-        key = model, sequences, together
-        if (seconds := self._steps.get(key)) is None:
-            seconds = self._steps[key] = self.step(model, sequences, together)
-        return seconds
 
     def _features(self, event: JobEnded) -> Features:
         if event.kind == "prefill":

@@ -14,7 +14,7 @@ borrow, priorities, fairness, admission: see `PolicyOptions`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from muxserve.scheduler.policy.adbs import Adbs
 from muxserve.scheduler.policy.admission import Forecast, retry_after
@@ -49,6 +49,7 @@ LEAST_PART = 0.2
 """Part of the time, and of the device, that prefill and decode have at least when targets cannot be met."""
 LOST = 10.0
 """By how much the pace may be slower where most of what waits will be late whatever is done."""
+
 Key = tuple[object, ...]
 
 
@@ -197,27 +198,27 @@ class Mux(Adbs):
         keyed, rush = [], Rush()
         for model in plan.models.values():
             if queue := plan.queue(model):
-                keys = {w.sequence: self._key(model, w) for w in queue}
+                times = {w.sequence: (self._dues.waiting(model, w), self._dues.left(model, w)) for w in queue}
+                keys = {w.sequence: self._key(w, *times[w.sequence]) for w in queue}
                 queue.sort(key=lambda w: keys[w.sequence])  # used at once
                 if self._tenants.crowded:
                     # No job is made longer by prompts of who crowds; those that hold blocks must get on.
                     calm = [w for w in queue if w.open or not self._tenants.crowds(w.tenant)]
                     queue = calm or queue
                 for w in queue:
-                    rush.add(w, self._dues.waiting(model, w), self._dues.left(model, w))
+                    rush.add(w, *times[w.sequence])
                 keyed.append((keys[queue[0].sequence], model, queue))
         keyed.sort(key=lambda each: each[0])
         self._lost = self._options.slack and rush.lost(self._together(plan))
         return [(model, queue) for _, model, queue in keyed]
 
-    def _key(self, model: ModelSnapshot, waiting: Waiting) -> Key:
-        """Smaller goes first."""
+    def _key(self, waiting: Waiting, due: float, left: float) -> Key:
+        """Smaller goes first. left: seconds that it takes alone until what is due is there."""
         priority = -waiting.priority if self._options.priorities else 0
         rank = self._tenants.rank(waiting.tenant) if self._options.fairness else 0
         if not self._options.slack:
             return priority, rank, not waiting.open, waiting.arrival, waiting.sequence
-        due = self._dues.waiting(model, waiting)
-        late = due < self._now + self._dues.left(model, waiting) and self._now - waiting.arrival < OLD
+        late = due < self._now + left and self._now - waiting.arrival < OLD
         return priority, rank, late, due, waiting.sequence
 
     def _may_begin(self, plan: Plan, model: ModelSnapshot, waiting: Waiting) -> bool:
@@ -240,8 +241,7 @@ class Mux(Adbs):
 
     def _cycle(self, plan: Plan) -> float:
         """Seconds in which every model does a step."""
-        batches = [(name, count) for name, count in plan.seated.items() if count]
-        return self._latency.cycle(batches, plan.lanes).seconds
+        return self._latency.cycle(_batches(plan.seated), plan.lanes).seconds
 
     def _pace_in(self, plan: Plan, model: str) -> float:
         """Seconds between two tokens of the model's sequences, as things are."""
@@ -250,7 +250,7 @@ class Mux(Adbs):
     def _expected(self, plan: Plan, one_more: str = "") -> float:
         """Seconds in which all that decode get a token, as the fits have it, with prefill beside them part of
         the time; with one more sequence of that model, if any."""
-        batches = [(name, count + (name == one_more)) for name, count in plan.seated.items() if count]
+        batches = [(name, count + (name == one_more)) for name, count in _batches(plan.seated)]
         cycle = self._latency.cycle(batches, plan.lanes).seconds
         return cycle + self._forecast.beside * (self._latency.busy_cycle(batches, plan.lanes) - cycle)
 
@@ -263,9 +263,8 @@ class Mux(Adbs):
         """Seconds between two tokens that sequences of `model`, and all with a target, can bear."""
         targets = [m.tpot_target for m in plan.models.values() if m.tpot_target and m.running]
         own = model.tpot_target or FULL * self._options.stretch * self._latency.lone_step(model.model)
-        least = self._latency.cycle(
-            [(name, 1) for name, count in plan.seated.items() if count], plan.lanes
-        ).seconds
+        lone = [(name, 1) for name, _ in _batches(plan.seated)]
+        least = self._latency.cycle(lone, plan.lanes).seconds
         # Where what waits will be late whatever is done, pace gives way to throughput.
         return max(min([own, *targets]), 2 * least) * (LOST if self._lost else 1.0)
 
@@ -304,3 +303,8 @@ class Mux(Adbs):
 
     def _exclusive(self, model: str) -> bool:
         return model in self._round.exclusive
+
+
+def _batches(seated: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Models with sequences, and how many."""
+    return [(name, count) for name, count in seated.items() if count]
