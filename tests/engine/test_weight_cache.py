@@ -38,6 +38,22 @@ def warnings() -> list[str]:
     return []
 
 
+Disk = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """Says of how many blocks of 4096 bytes the disk is, and how many are free: of any machine's the same."""
+
+    def set_disk(blocks: int, free: int) -> None:
+        monkeypatch.setattr(
+            os, "statvfs", lambda _: os.statvfs_result([4096, 4096, blocks, 0, free, 0, 0, 0, 0, 255])
+        )
+
+    set_disk(2**20, 2**19)
+    return set_disk
+
+
 @pytest.fixture
 def cache(tmp_path: Path, warnings: list[str]) -> WeightCache:
     return WeightCache(tmp_path / "cache" / "weights", LIMIT, warnings.append)
@@ -232,19 +248,26 @@ def test_a_full_disk_is_a_warning_and_leaves_nothing(
     assert [path.suffix for path in entry.path.parent.iterdir()] == [".digest"]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "reserve"), [(100_000, 10_000), (2**30, 2**21)], ids=["a tenth of a small one", "8 GiB of any"]
+)
 def test_some_of_the_disk_stays_free(
-    cache: WeightCache, model: Path, memory: Memory, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+    cache: WeightCache,
+    model: Path,
+    memory: Memory,
+    warnings: list[str],
+    disk: Disk,
+    blocks: int,
+    reserve: int,
 ) -> None:
-    # 100,000 blocks of 4096 bytes, and less than a tenth of them are free.
-    disk = [4096, 4096, 100_000, 0, 9_999, 0, 0, 0, 0, 255]
     kept = keep(cache, model, memory(WEIGHTS))
-    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(disk))
+    disk(blocks, reserve - 1)
     entry = cache.entry(model, "float32", "panels")
     assert entry is not None
     assert not cache.store(entry, memory(WEIGHTS), 2)
-    assert "10% of the disk" in warnings[0]
+    assert f"the {4096 * reserve} bytes of the disk" in warnings[0]
     assert kept.exists()  # to remove it would not have been enough
-    disk[4] += 2
+    disk(blocks, reserve + 1)
     assert cache.store(entry, memory(WEIGHTS), 2)
     assert not kept.exists()
 

@@ -31,7 +31,8 @@ then no longer found. A test notices if that was forgotten."""
 _WEIGHTS, _DIGEST, _PARTIAL = ".weights", ".digest", ".partial"
 
 _RESERVE = 0.1
-"""Part of the file system that stays free."""
+_MOST_RESERVE = 8 * 2**30
+"""What stays free of the file system: this part of it, and no more than these bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +157,12 @@ class WeightCache:
         kept = sorted(_uses(self._directory.glob(f"*{_WEIGHTS}")))
         total = sum(use.size for use in kept)
         disk = os.statvfs(self._directory)
-        room = total + int(disk.f_frsize * (disk.f_bavail - _RESERVE * disk.f_blocks))
+        reserve = min(int(_RESERVE * disk.f_frsize * disk.f_blocks), _MOST_RESERVE)
+        room = total + disk.f_frsize * disk.f_bavail - reserve
         if size > min(room, self._limit):
             raise OSError(
                 f"they take {size} bytes; the cache is limited to {self._limit}, and to {max(room, 0)} by "
-                f"the {_RESERVE:.0%} of the disk that stay free"
+                f"the {reserve} bytes of the disk that stay free"
             )
         while total + size > min(room, self._limit):
             oldest = kept.pop(0)
