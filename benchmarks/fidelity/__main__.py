@@ -32,7 +32,7 @@ from muxserve.bench.outcomes import Outcome, Status
 from muxserve.bench.report import outcomes_as_json
 from muxserve.bench.targets import Failed, target
 from muxserve.bench.workload import Lengths, Mix, Request, Stream, popularity
-from muxserve.cli.profile import counter, describe
+from muxserve.cli.profile import describe, meter
 from muxserve.cli.profiling import Table, Wanted, measure
 from muxserve.placement.solver.cost import SERVICE, parse_costs
 from muxserve.placement.solver.placement import Placed, Placement, Unit
@@ -158,7 +158,7 @@ class Benchmark:
         wanted = Wanted(
             {name: 1024}, plan.batches, plan.lengths, plan.repeat, company=plan.models, lanes=lanes
         )
-        table = await measure(deployment.gateway, wanted, counter(deployment.admin))
+        table = await measure(deployment.gateway, wanted, meter(deployment.admin))
         table[SERVICE] |= described
         self.tell(f"profiled: {table[SERVICE]}")
         return table

@@ -12,7 +12,7 @@ import grpc
 import typer
 
 from muxserve.cli.calls import exit_code
-from muxserve.cli.profile_traffic import Leases
+from muxserve.cli.profile_traffic import Meter, Spent
 from muxserve.cli.profiling import Wanted, measure
 from muxserve.client import Client
 from muxserve.placement.solver.cost import SERVICE
@@ -39,22 +39,26 @@ def run(
         described = describe(admin)
         models, lanes = {name: contexts[name] for name in names}, described.get("decode_lanes", 1)
         wanted = Wanted(models, batches, lengths, repeat, company=sorted(contexts), lanes=lanes)
-        table = asyncio.run(measure(address, wanted, counter(admin if described else "")))
+        table = asyncio.run(measure(address, wanted, meter(admin if described else "")))
         table[SERVICE] |= described
         out.write_text(json.dumps(table, indent=1) + "\n")
 
     return exit_code(command)
 
 
-def counter(admin: str) -> Leases:
+def meter(admin: str) -> Meter:
     """Of the units that the placement service there knows of; of none if there is none."""
 
-    async def leases() -> int:
-        if not admin:
-            return 0
-        return sum(unit.decode_jobs for unit in (await asyncio.to_thread(_status, admin)).units)
+    async def spent() -> Spent:
+        units = (await asyncio.to_thread(_status, admin)).units if admin else ()
+        models = [model for unit in units for model in unit.models]
+        return Spent(
+            sum(unit.decode_jobs for unit in units),
+            sum(model.decode_steps for model in models),
+            sum(model.decode_seconds for model in models),
+        )
 
-    return leases
+    return spent
 
 
 def describe(admin: str) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -15,29 +16,52 @@ TOKENS = range(100, 200)
 """Token ids that prompts are made of: every vocabulary has them."""
 TINY = 2
 """Tokens of a prompt whose prefill takes as long as a decode step."""
+SPARE = 0.2
+"""Part of a lane that may seem to be in use by what has begun before, or has not ended."""
 
 
-Leases = Callable[[], Awaitable[int]]
-"""How many decode jobs there have been so far."""
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """On decode jobs, by all models, since whoever counts began."""
+
+    leases: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    """Of lanes, as workers measured them."""
+
+    def __sub__(self, before: Spent) -> Spent:
+        return Spent(self.leases - before.leases, self.steps - before.steps, self.seconds - before.seconds)
+
+
+Meter = Callable[[], Awaitable[Spent]]
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Of sequences that decode."""
+    """Of sequences that decode. step: seconds from one token to the next. spent: by all, in `seconds`."""
 
     step: float
-    """Seconds from one token to the next."""
-    leases: float
-    """Decode jobs per step, of all models."""
+    seconds: float
+    spent: Spent
+
+    @property
+    def lane_step(self) -> float:
+        """Seconds of a lane that a step took, of whatever model; `step` where nobody counts."""
+        return self.spent.seconds / self.spent.steps if self.spent.steps else self.step
+
+    def idle(self, lanes: int) -> float:
+        """Seconds in which lanes that were used had nothing to do, of so many that there are."""
+        used = min(lanes, math.ceil(self.spent.seconds / self.seconds - SPARE))
+        return max(0.0, used * self.seconds - self.spent.seconds)
 
 
 class Traffic:
     """Through a gateway. `context`: tokens that a sequence of any model may have."""
 
-    def __init__(self, client: AsyncClient, context: int, leases: Leases) -> None:
+    def __init__(self, client: AsyncClient, context: int, meter: Meter) -> None:
         self._client = client
         self._context = context
-        self._leases = leases
+        self._meter = meter
 
     @asynccontextmanager
     async def decoding(
@@ -72,7 +96,7 @@ class Traffic:
             for task in tasks:
                 if task.done():
                     task.result()  # raises what went wrong
-            yield Streams(tasks, counts, self._leases)
+            yield Streams(tasks, counts, self._meter)
         finally:
             await _end(*tasks)
             await self._settle(*batches)
@@ -121,17 +145,15 @@ class Streams:
     tasks: Sequence[asyncio.Task[None]]
     counts: Mapping[str, Sequence[int]]
     """Tokens that each has, by model."""
-    leases: Leases
+    meter: Meter
 
     async def pace(self, model: str, seconds: float) -> Pace:
         """Of that model, over so many seconds from now on, or until one of all sequences has all of its
         tokens."""
-        leases, began, before = await self.leases(), time.perf_counter(), self._steps()
+        spent, began, before = await self.meter(), time.perf_counter(), self._steps()[model]
         await asyncio.wait(self.tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        passed, after = time.perf_counter() - began, self._steps()
-        leases = await self.leases() - leases
-        done = {name: max(1e-3, after[name] - before[name]) for name in after}
-        return Pace(passed / done[model], leases / sum(done.values()))
+        passed, after = time.perf_counter() - began, self._steps()[model]
+        return Pace(passed / max(1e-3, after - before), passed, await self.meter() - spent)
 
     def _steps(self) -> dict[str, float]:
         return {name: sum(counts) / len(counts) for name, counts in self.counts.items()}

@@ -11,8 +11,8 @@ while prompts come in all the time, and prompts while sequences decode, at some 
 alone at all of them. Where decode jobs of two models run side by side, it has decode steps "together" too.
 
 Two prompts under way at once, one of which always waits for the other, say what passes between two jobs.
-Where more models decode than run side by side, leases are shorter: what a step takes longer then is what
-leases take beside their steps, and all steps are without that.
+Where more models decode than run side by side, lanes go from lease to lease: the time in which they do
+nothing then is what leases take beside their steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from muxserve.cli.profile_traffic import TINY, Leases, Pace, Traffic
+from muxserve.cli.profile_traffic import TINY, Meter, Pace, Spent, Traffic
 from muxserve.client import AsyncClient
 from muxserve.placement.solver.cost import SERVICE
 
@@ -43,12 +43,8 @@ MOST = 4096
 """Prompt tokens of a cell; larger ones take long, and follow from those below."""
 LONE = 15
 """Requests that are sent one after the other to learn what one takes beside its jobs."""
-LEAST_NET = 0.5
-"""Part of a step at least that is not its lease's."""
 PROMPTS = 7
 """Prompts of each length."""
-SHORTER = 0.05
-"""Leases per step that there are more of at least where they are shorter, to tell what they take."""
 FEEDERS = 3
 """Prompts under way at once meanwhile: one is computed, the others wait."""
 QUEUED = 2
@@ -85,18 +81,18 @@ class Beside:
     """Beside another model's. None: no two decode at once."""
 
 
-async def _none() -> int:
-    return 0
+async def _nobody() -> Spent:
+    return Spent()
 
 
-async def measure(address: str, wanted: Wanted, leases: Leases = _none) -> Table:
-    """The table. Where nobody counts `leases`, steps are with what these take."""
+async def measure(address: str, wanted: Wanted, meter: Meter = _nobody) -> Table:
+    """The table. Where there is no `meter`, steps are with what leases take beside them."""
     table: Table = {}
     cells = [(model, batch) for model in wanted.contexts for batch in wanted.batches]
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task("measuring", total=len(cells) * (1 + wanted.beside))
         async with AsyncClient(address) as client:
-            bench = Bench(client, wanted, leases)
+            bench = Bench(client, wanted, meter)
             way = statistics.median([await bench.way(model) for model in wanted.contexts])
             for model in wanted.contexts:
                 await bench.prompts(model, way)
@@ -104,11 +100,11 @@ async def measure(address: str, wanted: Wanted, leases: Leases = _none) -> Table
             lease = statistics.median([await bench.lease(model) for model in wanted.contexts])
             for model, batch in cells:
                 grids = table.setdefault(model, {"1": {WHOLE: {}}})["1"]
-                grids[WHOLE][str(batch)] = await bench.row(model, batch, lease)
+                grids[WHOLE][str(batch)] = await bench.row(model, batch)
                 bar.advance(task)
             for model in wanted.contexts if wanted.beside else ():
                 grids = table[model]["1"]
-                grids[BESIDE] = await bench.beside(model, grids[WHOLE], lease, lambda: bar.advance(task))
+                grids[BESIDE] = await bench.beside(model, grids[WHOLE], lambda: bar.advance(task))
     seconds = {"request_seconds": way, "order_seconds": order, "lease_seconds": lease}
     return {SERVICE: {name: round(value, 6) for name, value in seconds.items()}} | table
 
@@ -116,8 +112,8 @@ async def measure(address: str, wanted: Wanted, leases: Leases = _none) -> Table
 class Bench:
     """Measures through a gateway."""
 
-    def __init__(self, client: AsyncClient, wanted: Wanted, leases: Leases) -> None:
-        self._traffic = Traffic(client, min(wanted.contexts.values()), leases)
+    def __init__(self, client: AsyncClient, wanted: Wanted, meter: Meter) -> None:
+        self._traffic = Traffic(client, min(wanted.contexts.values()), meter)
         self._wanted = wanted
         self._prompts: dict[str, dict[int, float]] = {}
         """Seconds by model and tokens."""
@@ -151,32 +147,30 @@ class Bench:
         return max(0.0, prompts.seconds - alone) if prompts.done > 1 else 0.0
 
     async def lease(self, model: str) -> float:
-        """Seconds that a lease takes beside its steps: where twice as many models as run side by side take
-        turns, leases are shorter, and a step takes longer than where none has to wait."""
+        """Seconds that a lease takes beside its steps, where twice as many models as run side by side take
+        turns."""
         others = [name for name in self._wanted.company if name != model]
         lanes, batch = self._wanted.lanes, sorted(self._wanted.batches)[len(self._wanted.batches) // 2]
         many = [model, *others][: 2 * lanes]
         if len(many) <= lanes:
             return 0.0
-        found = []
-        for _ in range(self._wanted.repeat):
-            few = await self._pace(dict.fromkeys(many[:lanes], batch), TINY)
-            turns = await self._pace(dict.fromkeys(many, batch), TINY)
-            longer = turns.step * lanes / len(many) - few.step
-            shorter = turns.leases - few.leases
-            found.append(max(0.0, longer / shorter) if shorter > SHORTER else 0.0)
-        return statistics.median(found)
+        paces = [
+            await self._pace(dict.fromkeys(many, batch), TINY, SIDE_SECONDS)
+            for _ in range(self._wanted.repeat)
+        ]
+        leases = sum(pace.spent.leases for pace in paces)
+        return sum(pace.idle(lanes) for pace in paces) / leases if leases else 0.0
 
-    async def row(self, model: str, batch: int, lease: float) -> dict[str, dict[str, float]]:
-        """Milliseconds by length. `lease`: seconds, as measured."""
+    async def row(self, model: str, batch: int) -> dict[str, dict[str, float]]:
+        """Milliseconds by length."""
         found = {}
         for length in self._wanted.lengths:
             prefill = self._prefill(model, batch * length)
-            step = await self._step(model, batch, length, lease)
+            step = await self._step(model, batch, length)
             found[str(length)] = {"prefill": _milliseconds(prefill), "decoding": _milliseconds(step)}
         return found
 
-    async def beside(self, model: str, alone: Grid, lease: float, advance: Callable[[], None]) -> Grid:
+    async def beside(self, model: str, alone: Grid, advance: Callable[[], None]) -> Grid:
         """The same grid with times of jobs side by side."""
         batches = sorted(self._wanted.batches)
         looked = {batches[0], batches[len(batches) // 2], batches[-1]}
@@ -189,9 +183,9 @@ class Bench:
                 found = await self._beside(model, batch, known[-1])
                 step = alone[str(batch)][str(known[0])]["decoding"] / 1e3
                 prefills.append(found.prefill)
-                decode[batch] = max(1.0, _net(found.decode, lease) / step)
+                decode[batch] = max(1.0, found.decode.step / step)
                 if found.together is not None:
-                    together[batch] = max(1.0, _net(found.together, lease) / step)
+                    together[batch] = max(1.0, found.together.lane_step / step)
             advance()
         if not prefills:
             return alone
@@ -220,24 +214,24 @@ class Bench:
         (below, low), (above, high) = known[i - 1], known[i]
         return max(low, low + (high - low) * (tokens - below) / (above - below))
 
-    async def _step(self, model: str, batch: int, length: int, lease: float) -> float | None:
+    async def _step(self, model: str, batch: int, length: int) -> float | None:
         """Seconds of a decode step. None: the sequences do not fit."""
         if batch * length > MOST or length + 2 > self._wanted.contexts[model]:
             return None
         paces = [await self._pace({model: batch}, length) for _ in range(self._wanted.repeat)]
         self._steps[model] = statistics.median(pace.step for pace in paces)
-        return statistics.median(_net(pace, lease) for pace in paces)
+        return statistics.median(pace.lane_step for pace in paces)
 
-    async def _pace(self, batches: Mapping[str, int], length: int) -> Pace:
+    async def _pace(self, batches: Mapping[str, int], length: int, seconds: float = STEP_SECONDS) -> Pace:
         """Of the first of these models, while all decode. Sequences whose prompts come first go on while the
         others' are computed."""
         model, batch = next(iter(batches)), sum(batches.values())
         prompts = self._prompts.get(model) or {1: 0.0}
         step = self._steps.get(model, 1e-3)
         computed = batch * length * sum(prompts.values()) / sum(prompts)
-        steps = math.ceil((2 * STEP_SECONDS + 3 * computed) / step)
+        steps = math.ceil((2 * seconds + 3 * computed) / step)
         async with self._traffic.decoding(batches, steps, length) as streams:
-            return await streams.pace(model, STEP_SECONDS)
+            return await streams.pace(model, seconds)
 
     async def _beside(self, model: str, batch: int, length: int) -> Beside:
         """Of prompts of `length` and steps of `batch`."""
@@ -256,11 +250,6 @@ class Bench:
             async with traffic.decoding({model: batch, other: batch}, steps) as streams:
                 together = await streams.pace(model, SIDE_SECONDS)
         return Beside(max(1.0, prefill), decode, together)
-
-
-def _net(pace: Pace, lease: float) -> float:
-    """Seconds of a step, without what leases take."""
-    return max(LEAST_NET * pace.step, pace.step - pace.leases * lease)
 
 
 def _milliseconds(seconds: float | None) -> float:
