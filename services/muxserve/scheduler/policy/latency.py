@@ -29,7 +29,7 @@ CONTENDED = 0.2
 SWEEPS = 8
 """Passes over the coefficients after each observation."""
 MEMORY = 0.05
-"""Weight of the newest observation of what a job costs its neighbour."""
+"""Weight of the newest observation of what a job costs its neighbour, or takes at least."""
 BESIDE = 0.9
 """Part of its time from which a job says something about neighbours."""
 ENOUGH = 8
@@ -39,7 +39,8 @@ MOST = 4.0
 RISE = 1.01
 """By how much the shortest step of late grows with each one that takes longer."""
 LEAST_PART = 0.5
-"""Least part of that which a lone sequence's is taken to be."""
+EACH = 1 / 16
+"""A lone sequence's step is taken to be at least that part of one of n, divided by 1 + `EACH` · n."""
 SHORTEST = 1e-5
 """Seconds of a step at least: a fit may say that one without context takes none."""
 STEP = (0.010, 0.001, 0.0)
@@ -114,6 +115,8 @@ class Latency:
         """By how much a step takes longer beside those of another model."""
         self._least: dict[str, float] = {}
         """By model: seconds of the shortest steps of late."""
+        self._floor: dict[str, float] = {}
+        """By model: seconds that a step takes at least."""
         self._context: dict[str, float] = {}
         """Tokens of a sequence that decodes, as last seen."""
         self._steps: dict[tuple[str, int, bool], float] = {}
@@ -130,6 +133,9 @@ class Latency:
         seconds = event.seconds / event.steps
         if event.kind == "decode":
             self._least[event.model] = min(seconds, self._least.get(event.model, seconds) * RISE)
+            floor = LEAST_PART * seconds / (1 + EACH * features[1])
+            before = self._floor.setdefault(event.model, floor)
+            self._floor[event.model] = before + MEMORY * (floor - before)
         if event.beside >= BESIDE and fit.seen >= ENOUGH and (alone := fit(features)) > 0:
             extra = min(MOST, max(0.0, (seconds / alone - 1) / event.beside))
             self._neighbour[event.kind] += MEMORY * (extra - self._neighbour[event.kind])
@@ -160,8 +166,8 @@ class Latency:
         """Seconds of a decode step of one sequence that has the device for itself. Where that is never seen
         the fit may say anything; but it takes less than any other step, and not much less."""
         fitted = self.step(model, 1)
-        least = self._least.get(model, fitted)
-        return max(SHORTEST, min(least, max(LEAST_PART * least, fitted)))
+        floor = self._floor.get(model, fitted)
+        return max(SHORTEST, min(self._least.get(model, fitted), max(floor, fitted)))
 
     def prefill(self, model: str, tokens: int) -> float:
         """Seconds of a prefill job of so many tokens, with nothing beside it."""

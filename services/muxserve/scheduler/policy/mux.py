@@ -37,8 +37,6 @@ from muxserve.scheduler.policy.slip import Slip
 from muxserve.scheduler.policy.tenants import Tenants
 from muxserve.scheduler.policy.turns import Turns
 
-FULL = 0.7
-"""Part of `stretch` by which sequences that decode may slow each other down; waiting takes the rest."""
 RESERVE = 1.25
 """How far those that had little may go beyond that."""
 CALM = 2.0
@@ -139,7 +137,7 @@ class Mux(Adbs):
             sum(plan.seated.values()),
             wanted,
             self._pace_in(plan, model.model),
-            self._cycle_limit(plan, model) * RESERVE,
+            self._cycle_limit(plan, model.model) * RESERVE,
             (prompt, output, self._latency.lone_step(model.model)),
         )
         late = self._now + seconds - waiting.deadline
@@ -229,7 +227,7 @@ class Mux(Adbs):
         if not count:
             return True
         pace = self._expected(plan, model.model) * self._slip.of_all(plan.seated)
-        return pace <= self._cycle_limit(plan, model) * self._reserve(waiting.tenant)
+        return pace <= self._cycle_limit(plan, model.model) * self._reserve(waiting.tenant)
 
     def _reserve(self, tenant: str) -> float:
         """How far beyond the limit of `_cycle_limit` sequences of the tenant may go."""
@@ -259,14 +257,28 @@ class Mux(Adbs):
         alone = sum(count * self._latency.lone_step(name) for name, count in plan.seated.items())
         return alone / max(self._expected(plan), 1e-9)
 
-    def _cycle_limit(self, plan: Plan, model: ModelSnapshot) -> float:
-        """Seconds between two tokens that sequences of `model`, and all with a target, can bear."""
-        targets = [m.tpot_target for m in plan.models.values() if m.tpot_target and m.running]
-        own = model.tpot_target or FULL * self._options.stretch * self._latency.lone_step(model.model)
+    def _cycle_limit(self, plan: Plan, model: str) -> float:
+        """Seconds in which all that decode may get a token, sequences of `model` among them.
+
+        As models have turns in proportion to what they need, each limits it by its own part of a cycle; so
+        it is the same whichever model wants one more.
+        """
+        batches = dict(_batches(plan.seated))
+        batches.setdefault(model, 1)
+        limits = {name: self._own_limit(plan.models[name]) for name in batches}
+        if self._options.turns:
+            steps = {name: self._latency.step(name, count) for name, count in batches.items()}
+            limit = sum(steps.values()) / sum(seconds / limits[name] for name, seconds in steps.items())
+        else:
+            limit = min(limits.values())
         lone = [(name, 1) for name, _ in _batches(plan.seated)]
         least = self._latency.cycle(lone, plan.lanes).seconds
         # Where what waits will be late whatever is done, pace gives way to throughput.
-        return max(min([own, *targets]), 2 * least) * (LOST if self._lost else 1.0)
+        return max(limit, 2 * least) * (LOST if self._lost else 1.0)
+
+    def _own_limit(self, model: ModelSnapshot) -> float:
+        """Seconds between two tokens that sequences of `model` can bear."""
+        return model.tpot_target or self._options.stretch * self._latency.lone_step(model.model)
 
     def _budget(self, plan: Plan, model: ModelSnapshot) -> int:
         if not self._options.chunked or self._lost:
