@@ -180,7 +180,7 @@ class Bench:
         together: dict[int, float] = {}
         for batch in batches:
             if batch in looked and known:
-                found = await self._beside(model, batch, known[-1])
+                found = await self._beside(model, batch, known[(len(known) - 1) // 2])
                 step = alone[str(batch)][str(known[0])]["decoding"] / 1e3
                 prefills.append(found.prefill)
                 decode[batch] = max(1.0, found.decode.step / step)
