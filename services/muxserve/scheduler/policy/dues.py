@@ -12,6 +12,8 @@ LEAST_DUE = 0.2
 """Seconds that any request has until it is due."""
 PATIENT = 2.0
 """How many times as long as until it is due a request's deadline leaves it, if it is worth serving late."""
+WAIT = 0.5
+"""Part of the time until a request is due that it may wait: decoding beside others takes the rest."""
 KEPT = 8192
 """Sequences remembered."""
 
@@ -74,6 +76,6 @@ class Rush:
             self.allowed += due - waiting.arrival
 
     def lost(self, together: float) -> bool:
-        """Whether most of it will be late, whatever is done: all of it takes longer than each may. together:
-        how many times as fast requests are served beside each other."""
-        return self.count > 0 and self.left / max(1.0, together) > self.allowed / self.count
+        """Whether most of it will be late, whatever is done: all of it takes longer than each may wait.
+        together: how many times as fast requests are served beside each other."""
+        return self.count > 0 and self.left / max(1.0, together) > WAIT * self.allowed / self.count
