@@ -53,7 +53,9 @@ class Plan:
 
     models: tuple[str, ...] = ("m0", "m1", "m2", "m3")
     alpha: float = 1.3
-    loads: tuple[float, ...] = (0.4, 0.8, 1.2)
+    loads: tuple[float, ...] = (0.3, 0.5, 0.7)
+    """Parts of what is served in a flood. Near saturation waiting times say nothing about a simulator: there
+    they change severalfold with a twentieth of the machine's speed, which is not constant."""
     seconds: float = 150.0
     """Of arrivals at each load."""
     flood: float = 20.0

@@ -56,6 +56,8 @@ def meter(admin: str) -> Meter:
             sum(unit.decode_jobs for unit in units),
             sum(model.decode_steps for model in models),
             sum(model.decode_seconds for model in models),
+            sum(model.prefill_jobs for model in models),
+            sum(model.prefill_seconds for model in models),
         )
 
     return spent

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from muxserve.client import AsyncClient
 
@@ -22,15 +22,19 @@ SPARE = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """On decode jobs, by all models, since whoever counts began."""
+    """By all models, since whoever counts began."""
 
     leases: int = 0
     steps: int = 0
     seconds: float = 0.0
-    """Of lanes, as workers measured them."""
+    """Of decode lanes, as workers measured them."""
+    prompts: int = 0
+    """Prefill jobs."""
+    prompt_seconds: float = 0.0
+    """On these; half of the time counts that a decode job ran beside them."""
 
     def __sub__(self, before: Spent) -> Spent:
-        return Spent(self.leases - before.leases, self.steps - before.steps, self.seconds - before.seconds)
+        return Spent(*(mine - its for mine, its in zip(astuple(self), astuple(before), strict=True)))
 
 
 Meter = Callable[[], Awaitable[Spent]]

@@ -10,7 +10,8 @@ The share 100 has times of jobs alone, 50 those of jobs that run beside one of t
 while prompts come in all the time, and prompts while sequences decode, at some batches, times what that was
 alone at all of them. Where decode jobs of two models run side by side, it has decode steps "together" too.
 
-Two prompts under way at once, one of which always waits for the other, say what passes between two jobs.
+Two prompts under way at once, one of which always waits for the other, say what passes between two jobs while
+sequences decode.
 Where more models decode than run side by side, lanes go from lease to lease: the time in which they do
 nothing then is what leases take beside their steps.
 """
@@ -45,6 +46,8 @@ LONE = 15
 """Requests that are sent one after the other to learn what one takes beside its jobs."""
 PROMPTS = 7
 """Prompts of each length."""
+BESIDE_COUNTS = 0.5
+"""Part of a prefill job's time beside decode jobs that counts as the device's."""
 FEEDERS = 3
 """Prompts under way at once meanwhile: one is computed, the others wait."""
 QUEUED = 2
@@ -137,29 +140,42 @@ class Bench:
                 found[length] = max(1e-6, statistics.median(took) - way)
 
     async def order(self, model: str) -> float:
-        """Seconds from the end of a prompt to the beginning of one that has waited for it: what lies between
-        two ends, less what jobs take."""
+        """Seconds from the end of a prompt to the beginning of one that has waited for it, while sequences
+        decode: what lies between two ends, less what jobs take."""
         if not self._prompts[model]:
             return 0.0
-        length, alone = max(self._prompts[model].items())
-        async with self._traffic.fed(model, length, QUEUED) as prompts:
-            await asyncio.sleep(max(SIDE_SECONDS, LONE * alone))
-        return max(0.0, prompts.seconds - alone) if prompts.done > 1 else 0.0
+        length = _middle(sorted(self._prompts[model]))
+        steps = math.ceil(2 * SIDE_SECONDS / self._steps[model])
+        async with (
+            self._traffic.decoding({model: self._usual_batch}, steps) as streams,
+            self._traffic.fed(model, length, QUEUED) as prompts,
+        ):
+            spent = (await streams.pace(model, SIDE_SECONDS)).spent
+        if not spent.prompts or prompts.done < 2:
+            return 0.0
+        return max(0.0, prompts.seconds - spent.prompt_seconds / (1 - BESIDE_COUNTS) / spent.prompts)
 
     async def lease(self, model: str) -> float:
         """Seconds that a lease takes beside its steps, where twice as many models as run side by side take
         turns."""
-        others = [name for name in self._wanted.company if name != model]
-        lanes, batch = self._wanted.lanes, sorted(self._wanted.batches)[len(self._wanted.batches) // 2]
-        many = [model, *others][: 2 * lanes]
+        lanes, many = self._wanted.lanes, self._many(model)
         if len(many) <= lanes:
             return 0.0
         paces = [
-            await self._pace(dict.fromkeys(many, batch), TINY, SIDE_SECONDS)
+            await self._pace(dict.fromkeys(many, self._usual_batch), TINY, SIDE_SECONDS)
             for _ in range(self._wanted.repeat)
         ]
         leases = sum(pace.spent.leases for pace in paces)
         return sum(pace.idle(lanes) for pace in paces) / leases if leases else 0.0
+
+    def _many(self, model: str) -> list[str]:
+        """This one and others, twice as many as run side by side if there are so many."""
+        others = [name for name in self._wanted.company if name != model]
+        return [model, *others][: 2 * self._wanted.lanes]
+
+    @property
+    def _usual_batch(self) -> int:
+        return sorted(self._wanted.batches)[len(self._wanted.batches) // 2]
 
     async def row(self, model: str, batch: int) -> dict[str, dict[str, float]]:
         """Milliseconds by length."""
@@ -180,7 +196,7 @@ class Bench:
         together: dict[int, float] = {}
         for batch in batches:
             if batch in looked and known:
-                found = await self._beside(model, batch, known[(len(known) - 1) // 2])
+                found = await self._beside(model, batch, _middle(known))
                 step = alone[str(batch)][str(known[0])]["decoding"] / 1e3
                 prefills.append(found.prefill)
                 decode[batch] = max(1.0, found.decode.step / step)
@@ -250,6 +266,10 @@ class Bench:
             async with traffic.decoding({model: batch, other: batch}, steps) as streams:
                 together = await streams.pace(model, SIDE_SECONDS)
         return Beside(max(1.0, prefill), decode, together)
+
+
+def _middle(lengths: Sequence[int]) -> int:
+    return lengths[(len(lengths) - 1) // 2]
 
 
 def _milliseconds(seconds: float | None) -> float:
