@@ -118,26 +118,34 @@ class Mux(Adbs):
             ((self._dues.waiting(m, w), w.sequence, m, w) for m in plan.models.values() for w in m.waiting),
             key=lambda each: each[:2],
         )
+        expected, limits = self._expected(plan), {name: self._cycle_limit(plan, name) for name in plan.models}
         ahead, wanted = 0.0, 0
         for _, sequence, model, waiting in queue:
             prompt = self._latency.prefill(model.model, waiting.tokens - waiting.computed)
-            if sequence in fresh and self._too_late(plan, model, waiting, ahead, wanted, prompt):
+            paces = self._slip.of(model.model) * expected, limits[model.model] * RESERVE
+            if sequence in fresh and self._too_late(plan, model, waiting, ahead, wanted, paces, prompt):
                 continue
             ahead += prompt
             wanted += not waiting.open
 
     def _too_late(
-        self, plan: Plan, model: ModelSnapshot, waiting: Waiting, ahead: float, wanted: int, prompt: float
+        self,
+        plan: Plan,
+        model: ModelSnapshot,
+        waiting: Waiting,
+        ahead: float,
+        wanted: int,
+        paces: tuple[float, float],
+        prompt: float,
     ) -> bool:
-        """Refuse a request if it would be. ahead, wanted: as in `Forecast.seconds`."""
+        """Refuse a request if it would be. ahead, wanted, paces: as in `Forecast.seconds`."""
         output = self._dues.output(model, waiting)
         seconds = self._forecast.seconds(
             plan.models.values(),
             ahead,
             sum(plan.seated.values()),
             wanted,
-            self._pace_in(plan, model.model),
-            self._cycle_limit(plan, model.model) * RESERVE,
+            *paces,
             (prompt, output, self._latency.lone_step(model.model)),
         )
         late = self._now + seconds - waiting.deadline
@@ -207,7 +215,9 @@ class Mux(Adbs):
                     rush.add(w, *times[w.sequence])
                 keyed.append((keys[queue[0].sequence], model, queue))
         keyed.sort(key=lambda each: each[0])
-        self._lost = self._options.slack and rush.lost(self._together(plan))
+        # Where somebody makes it crowded, others are not to pay for serving all of that one's.
+        rushing = self._options.slack and not self._tenants.crowded
+        self._lost = rushing and rush.lost(self._together(plan))
         return [(model, queue) for _, model, queue in keyed]
 
     def _key(self, waiting: Waiting, due: float, left: float) -> Key:
