@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -15,6 +16,10 @@ import uvloop
 def run(main: Callable[[asyncio.Event], Awaitable[None]], name: str, log_level: str = "info") -> None:
     """Run `main(stop)` until it returns. SIGINT and SIGTERM set `stop`; `main` then has to come to an end."""
     configure_logs(name, log_level)
+
+    # Modules stay; to look through them again and again would stop everything for 50 to 90 ms each time.
+    gc.collect()
+    gc.freeze()
 
     async def body() -> None:
         stop = asyncio.Event()

@@ -79,6 +79,11 @@ class Forecast:
         """Tokens that a request will generate which may generate so many."""
         return max(1, math.ceil(most * self._used.get(model, 1.0)))
 
+    @property
+    def pressed(self) -> bool:
+        """Whether much of what comes is refused: what was admitted is to be in time, then."""
+        return self._refusing > PRESSED
+
     def known(self, model: str) -> bool:
         """Whether enough was seen of the model to refuse a request."""
         return model in self._used and self._latency.known(model)
@@ -96,7 +101,7 @@ class Forecast:
         self._refusing -= self._refusing / DECISIONS
         if len(self._allowed) >= KEPT:
             del self._allowed[next(iter(self._allowed))]
-        self._allowed[sequence] = (seconds, self._spread if self._refusing > PRESSED else 0.0)
+        self._allowed[sequence] = (seconds, self._spread if self.pressed else 0.0)
 
     @property
     def prefill_pace(self) -> float:
