@@ -120,7 +120,14 @@ async def test_a_disconnect_frees_blocks_within_two_seconds(
             await asyncio.gather(*streams)
         else:
             want = (lambda m: m["waiting"] > 0) if state == "queued" else (lambda m: m["blocks_held"] > 0)
-            await asyncio.to_thread(fragile.wait, state, lambda s: any(want(m) for m in s["models"]), 20.0)
+            seen = asyncio.create_task(
+                asyncio.to_thread(fragile.wait, state, lambda s: any(want(m) for m in s["models"]), 20.0)
+            )
+            await asyncio.wait([seen, *streams], return_when=asyncio.FIRST_COMPLETED)
+            for stream in streams:
+                if stream.done():
+                    stream.result()  # raises what went wrong
+            await seen
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
