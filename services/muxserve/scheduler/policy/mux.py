@@ -115,18 +115,20 @@ class Mux(Adbs):
         }
         if not fresh:
             return
-        self._forecast.look(self._now, plan.models.values(), lambda model: self._pace_in(plan, model))
+        expected, limits = self._expected(plan), {name: self._cycle_limit(plan, name) for name in plan.models}
+        # Seconds between two tokens of each model's sequences, as things are.
+        paces = {name: self._slip.of(name) * expected for name in plan.models}
+        self._forecast.look(self._now, plan.models.values(), paces.__getitem__)
         # By when they are due: what is due before is ahead.
         queue = sorted(
             ((self._dues.waiting(m, w), w.sequence, m, w) for m in plan.models.values() for w in m.waiting),
             key=lambda each: each[:2],
         )
-        expected, limits = self._expected(plan), {name: self._cycle_limit(plan, name) for name in plan.models}
         ahead, wanted = 0.0, 0
         for _, sequence, model, waiting in queue:
             prompt = self._latency.prefill(model.model, waiting.tokens - waiting.computed)
-            paces = self._slip.of(model.model) * expected, limits[model.model] * RESERVE
-            if sequence in fresh and self._too_late(plan, model, waiting, ahead, wanted, paces, prompt):
+            pace = paces[model.model], limits[model.model] * RESERVE
+            if sequence in fresh and self._too_late(plan, model, waiting, ahead, wanted, pace, prompt):
                 continue
             ahead += prompt
             wanted += not waiting.open
@@ -253,10 +255,6 @@ class Mux(Adbs):
     def _cycle(self, plan: Plan) -> float:
         """Seconds in which every model does a step."""
         return self._latency.cycle(_batches(plan.seated), plan.lanes).seconds
-
-    def _pace_in(self, plan: Plan, model: str) -> float:
-        """Seconds between two tokens of the model's sequences, as things are."""
-        return self._slip.of(model) * self._expected(plan)
 
     def _expected(self, plan: Plan, one_more: str = "") -> float:
         """Seconds in which all that decode get a token, as the fits have it, with prefill beside them part of
