@@ -71,3 +71,17 @@ def test_slip_is_how_much_longer_a_model_took_than_was_expected() -> None:
     slip.look([idle], 20.0, lambda: 0.05)
     slip.look([running], 1000.0, lambda: 0.05)
     assert slip.of("m") == pytest.approx(2.0, rel=0.01), "nothing was expected while nothing ran"
+
+
+def test_short_prompts_tell_nothing_of_what_a_long_one_attends_to() -> None:
+    """Whatever curve noise bends into short ones: a long one's tokens take as long as those of the longest."""
+    latency = Latency()
+    for tokens in list(range(5, 41)) * 6:
+        latency.observe(JobEnded("prefill", "m", tokens, seconds=0.004 + 0.001 * tokens + 2e-5 * tokens**2))
+    assert latency.prefill("m", 40) == pytest.approx(0.076, rel=0.2)
+    assert latency.prefill("m", 3000) < 3000 / 40 * 0.076
+
+    for _ in range(16):  # and once there are long ones, none is expected to take much more than they do
+        latency.observe(JobEnded("prefill", "m", 3000, seconds=12.0))
+        assert latency.prefill("m", 3000) < 15
+    assert latency.prefill("m", 3000) == pytest.approx(12.0, rel=0.1)

@@ -7,6 +7,9 @@ with a, b, c and o, p, q per model and g, h of the unit; `beside` is the part of
 the other kind ran too. Decode steps beside those of another model have a, b and c of their own: they have
 fewer cores, and share the memory's bandwidth.
 
+The last term of a prompt counts only as far as contexts of such length were seen: from short prompts nothing
+can be told of it, and any value of q would do. Until longer ones come, theirs is that of the longest.
+
 Least squares of the error relative to what was expected (relative to what was seen, it would find too little)
 over observations that are forgotten by and by, with no coefficient below zero. What ran with nothing beside
 it counts most: of what did not, less can be told. A model that was not observed yet is taken to be like
@@ -15,6 +18,7 @@ another one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +45,8 @@ RISE = 1.01
 LEAST_PART = 0.5
 EACH = 1 / 16
 """A lone sequence's step is taken to be at least that part of one of n, divided by 1 + `EACH` · n."""
+DEEPER = 2.0
+"""By how much contexts of prompts count further with one job: the fit is to learn of them first."""
 SHORTEST = 1e-5
 """Seconds of a step at least: a fit may say that one without context takes none."""
 STEP = (0.010, 0.001, 0.0)
@@ -119,6 +125,8 @@ class Latency:
         """By model: seconds that a step takes at least."""
         self._context: dict[str, float] = {}
         """Tokens of a sequence that decodes, as last seen."""
+        self._deepest: dict[str, float] = {}
+        """Tokens that a token of a prompt attends to, on average over a job: most of late."""
         self._steps: dict[tuple[str, int, bool], float] = {}
         """What `step` said since the last observation."""
 
@@ -171,7 +179,8 @@ class Latency:
 
     def prefill(self, model: str, tokens: int) -> float:
         """Seconds of a prefill job of so many tokens, with nothing beside it."""
-        return self._fit("prefill", model)((1.0, float(tokens), tokens * tokens / 2e3))
+        depth = min(tokens / 2, self._deepest.get(model, math.inf))
+        return self._fit("prefill", model)((1.0, float(tokens), tokens * depth / 1e3))
 
     def alone(self, model: str, prompt: int, output: int) -> float:
         """Seconds of a whole request that has the device for itself."""
@@ -218,7 +227,10 @@ class Latency:
 
     def _features(self, event: JobEnded) -> Features:
         if event.kind == "prefill":
-            return 1.0, float(event.tokens), event.tokens * (event.context + event.tokens / 2) / 1e3
+            depth = event.context + event.tokens / 2
+            deepest = self._deepest.get(event.model, depth)
+            self._deepest[event.model] = max(deepest * FORGET, min(deepest * DEEPER, depth))
+            return 1.0, float(event.tokens), event.tokens * depth / 1e3
         sequences = event.tokens / event.steps
         self._context[event.model] = event.context / max(1.0, sequences)
         return 1.0, sequences, float(event.context)
