@@ -74,7 +74,7 @@ def test_slip_is_how_much_longer_a_model_took_than_was_expected() -> None:
 
 
 def test_short_prompts_tell_nothing_of_what_a_long_one_attends_to() -> None:
-    """Whatever curve noise bends into short ones: a long one's tokens take as long as those of the longest."""
+    """Whatever curve noise bends short ones to: a long one's tokens take as long as those of the longest."""
     latency = Latency()
     for tokens in list(range(5, 41)) * 6:
         latency.observe(JobEnded("prefill", "m", tokens, seconds=0.004 + 0.001 * tokens + 2e-5 * tokens**2))
