@@ -122,6 +122,19 @@ def test_what_cannot_be_finished_in_time_is_refused_at_once_with_a_time_to_come_
     assert not any(isinstance(d, Refuse) for d in world.decide())
 
 
+def test_a_batch_is_not_expected_to_take_as_long_as_one_sequence_after_the_other() -> None:
+    policy = taught(mux())
+    for sequences in range(1, 17):  # 10 ms, and half a millisecond each
+        seconds = 8 * (0.010 + 0.0005 * sequences)
+        policy.observe(JobEnded("decode", "a", 8 * sequences, seconds, 8, 100 * sequences))
+    world = World(policy, BLOCKS, {"a": SHAPE})
+    for _ in range(8):
+        world.add("a", 10, 1000, deadline=30.0)
+    assert not any(isinstance(d, Refuse) for d in world.decide())
+    hopeless = world.add("a", 10, 1000, deadline=9.0)
+    assert [d.sequence for d in world.decide() if isinstance(d, Refuse)] == [hopeless.number]
+
+
 def test_nothing_is_refused_before_the_device_is_known() -> None:
     world = World(mux(), BLOCKS, {"a": SHAPE})
     world.add("a", 100, 100, deadline=0.5)

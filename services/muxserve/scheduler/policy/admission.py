@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from muxserve.scheduler.policy.interface import Finished, JobEnded, ModelSnapshot
 from muxserve.scheduler.policy.latency import Latency
@@ -34,6 +35,16 @@ HALF_LIFE = 60.0
 """Seconds without refusals in which half of that is forgotten."""
 KEPT = 20_000
 """Admitted requests remembered."""
+
+
+class Crowd(NamedTuple):
+    """How often what decodes gets a token, as one model's sequences see it, in seconds."""
+
+    now: float
+    growth: float
+    """What each sequence that joins adds."""
+    limit: float
+    """What it may become."""
 
 
 class Forecast:
@@ -130,22 +141,20 @@ class Forecast:
         ahead: float,
         seats: int,
         wanted: int,
-        cycle: float,
-        limit: float,
+        crowd: Crowd,
         own: tuple[float, int, float],
     ) -> float:
         """Seconds until the end of a request. ahead: seconds of prompts before its own. seats: sequences that
-        decode; wanted: that want to before it. cycle: seconds in which all that decode have a token; limit:
-        what it may become. own: seconds of its prompt, tokens of its output, seconds of a step of it alone.
+        decode; wanted: that want to before it. own: seconds of its prompt, tokens of its output, seconds of a
+        step of it alone.
         """
         prompt, output, step = own
-        each = cycle / seats if seats else step
-        fit = max(1.0, limit / each)
+        fit = max(1.0, seats + (crowd.limit - crowd.now) / crowd.growth) if crowd.growth else math.inf
         left = sum(m.left * self._used.get(m.model, 1.0) for m in models)
         short = max(0.0, seats + wanted + 1 - fit)
-        leave = left / max(1, seats) * cycle / max(1, seats)
+        leave = left / max(1, seats) * crowd.now / max(1, seats)
         wait = max(ahead * self.prefill_pace, short * leave)
-        pace = max(step, min(max(limit, cycle), each * (seats + wanted + 1)))
+        pace = max(step, min(max(crowd.limit, crowd.now), crowd.now + crowd.growth * (wanted + 1)))
         seconds = wait + prompt * self.prefill_pace + output * pace
         return seconds + max(self._refusing, self._late) * self._spread * math.sqrt(seconds)
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from muxserve.scheduler.policy.adbs import Adbs
-from muxserve.scheduler.policy.admission import Forecast, retry_after
+from muxserve.scheduler.policy.admission import Crowd, Forecast, retry_after
 from muxserve.scheduler.policy.dues import Dues, Rush
 from muxserve.scheduler.policy.interface import (
     AskAgain,
@@ -115,10 +115,8 @@ class Mux(Adbs):
         }
         if not fresh:
             return
-        expected, limits = self._expected(plan), {name: self._cycle_limit(plan, name) for name in plan.models}
-        # Seconds between two tokens of each model's sequences, as things are.
-        paces = {name: self._slip.of(name) * expected for name in plan.models}
-        self._forecast.look(self._now, plan.models.values(), paces.__getitem__)
+        crowds = self._crowds(plan)
+        self._forecast.look(self._now, plan.models.values(), lambda name: crowds[name].now)
         # By when they are due: what is due before is ahead.
         queue = sorted(
             ((self._dues.waiting(m, w), w.sequence, m, w) for m in plan.models.values() for w in m.waiting),
@@ -127,11 +125,22 @@ class Mux(Adbs):
         ahead, wanted = 0.0, 0
         for _, sequence, model, waiting in queue:
             prompt = self._latency.prefill(model.model, waiting.tokens - waiting.computed)
-            pace = paces[model.model], limits[model.model] * RESERVE
-            if sequence in fresh and self._too_late(plan, model, waiting, ahead, wanted, pace, prompt):
+            crowd = crowds[model.model]
+            if sequence in fresh and self._too_late(plan, model, waiting, ahead, wanted, crowd, prompt):
                 continue
             ahead += prompt
             wanted += not waiting.open
+
+    def _crowds(self, plan: Plan) -> dict[str, Crowd]:
+        """What decodes, as each model's sequences see it."""
+        to_come = {name: sum(not w.open for w in model.waiting) for name, model in plan.models.items()}
+        now, then = self._expected(plan), self._expected(plan, to_come)
+        growth = max(0.0, then - now) / max(1, sum(to_come.values()))
+        return {
+            name: Crowd(slip * now, slip * growth, self._cycle_limit(plan, name) * RESERVE)
+            for name in plan.models
+            for slip in [self._slip.of(name)]
+        }
 
     def _too_late(
         self,
@@ -140,17 +149,17 @@ class Mux(Adbs):
         waiting: Waiting,
         ahead: float,
         wanted: int,
-        paces: tuple[float, float],
+        crowd: Crowd,
         prompt: float,
     ) -> bool:
-        """Refuse a request if it would be. ahead, wanted, paces: as in `Forecast.seconds`."""
+        """Refuse a request if it would be. ahead, wanted, crowd: as in `Forecast.seconds`."""
         output = self._dues.output(model, waiting)
         seconds = self._forecast.seconds(
             plan.models.values(),
             ahead,
             sum(plan.seated.values()),
             wanted,
-            *paces,
+            crowd,
             (prompt, output, self._latency.lone_step(model.model)),
         )
         late = self._now + seconds - waiting.deadline
@@ -241,7 +250,7 @@ class Mux(Adbs):
         count = plan.seated[model.model]
         if not count:
             return True
-        pace = self._expected(plan, model.model) * self._slip.of_all(plan.seated)
+        pace = self._expected(plan, {model.model: 1}) * self._slip.of_all(plan.seated)
         return pace <= self._cycle_limit(plan, model.model) * self._reserve(waiting.tenant)
 
     def _reserve(self, tenant: str) -> float:
@@ -256,10 +265,11 @@ class Mux(Adbs):
         """Seconds in which every model does a step."""
         return self._latency.cycle(_batches(plan.seated), plan.lanes).seconds
 
-    def _expected(self, plan: Plan, one_more: str = "") -> float:
+    def _expected(self, plan: Plan, more: Mapping[str, int] | None = None) -> float:
         """Seconds in which all that decode get a token, as the fits have it, with prefill beside them part of
-        the time; with one more sequence of that model, if any."""
-        batches = [(name, count + (name == one_more)) for name, count in _batches(plan.seated)]
+        the time; with so many more sequences of each model."""
+        more = more or {}
+        batches = _batches({name: count + more.get(name, 0) for name, count in plan.seated.items()})
         cycle = self._latency.cycle(batches, plan.lanes).seconds
         return cycle + self._forecast.beside * (self._latency.busy_cycle(batches, plan.lanes) - cycle)
 
