@@ -29,7 +29,7 @@ def _save(figure: Any, path: Path) -> None:
 def plot_skew(measured: Sequence[Skew], path: Path) -> None:
     """Goodput and saturated throughput by α; each system a bar. Goodput's whisker ends at what failed."""
     figure, axes = _pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained")
-    names = [cell.system for cell in measured[0].saturated]
+    names = list(dict.fromkeys(cell.system for cell in measured[0].saturated))
     places = np.arange(len(measured))
     width = 0.8 / len(names)
     for number, name in enumerate(names):

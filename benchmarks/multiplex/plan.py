@@ -31,7 +31,9 @@ class Plan:
     slo_scale: float = 8.0
     arena: int = 512 * 2**20
     """Bytes of KV in all: of our arena, and of all peers together."""
-    saturation: float = 20.0
+    saturation: float = 24.0
+    rounds: int = 3
+    """Of the saturated measurement, by turns: how fast the machine is changes between minutes."""
     probe: float = 30.0
     """Arrivals of one rate of a search."""
     cell: float = 20.0
@@ -66,7 +68,8 @@ QUICK = Plan(
     alphas=(1.3,),
     searched=("mux", "spatial", "temporal"),
     loads=(0.8,),
-    saturation=8.0,
+    saturation=12.0,
+    rounds=2,
     probe=12.0,
     cell=15.0,
     probes=7,

@@ -31,12 +31,15 @@ def markdown(folder: Path) -> str:
 
 def _skew(measured: list[dict[str, Any]]) -> Iterable[Grid]:
     for one in measured:
-        rows = []
+        floods: dict[str, list[float]] = {}
         for cell in one["saturated"]:
-            name = cell["system"]
-            rows.append((name, _goodput(one["goodputs"].get(name)), f"{cell['token_rate']:.0f}"))
+            floods.setdefault(cell["system"], []).append(cell["token_rate"])
+        rows = [
+            (name, _goodput(one["goodputs"].get(name)), " ".join(f"{rate:.0f}" for rate in rates))
+            for name, rates in floods.items()
+        ]
         title = f"alpha {one['alpha']:g}: goodput and saturated throughput"
-        yield Grid(title, ("", "requests/s within the SLO", "tokens/s, saturated"), tuple(rows))
+        yield Grid(title, ("", "requests/s within the SLO", "tokens/s, saturated, by round"), tuple(rows))
         beside = [
             (f"{float(load):g}", *_cell(cell)) for load, cells in one["cells"].items() for cell in cells
         ]

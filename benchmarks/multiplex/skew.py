@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 from benchmarks.multiplex.measuring import Cell, Field, Tell
@@ -27,15 +28,15 @@ class Skew:
     ours: str
     """The system that is compared with the others."""
     saturated: list[Cell] = field(default_factory=list)
-    """No deadlines, more arrivals than anybody can serve."""
+    """No deadlines, more arrivals than anybody can serve; one cell of each system a round."""
     goodputs: dict[str, Goodput] = field(default_factory=dict)
     cells: dict[float, list[Cell]] = field(default_factory=dict)
     """By load, in parts of our own saturated throughput."""
     unloaded: dict[str, Any] = field(default_factory=dict)
 
     def throughput(self, system: str) -> float:
-        """Output tokens per second, saturated."""
-        return next(cell.token_rate for cell in self.saturated if cell.system == system)
+        """Output tokens per second, saturated; on average over the rounds."""
+        return mean(cell.token_rate for cell in self.saturated if cell.system == system)
 
     def ratios(self) -> dict[str, float | None]:
         """Ours over theirs; None where theirs is 0 or was not measured. Of one whom no rate suited that was
@@ -45,8 +46,9 @@ class Skew:
             if name != self.ours:
                 rate = theirs.rate or theirs.below or 0.0
                 found[f"goodput_vs_{name}"] = _over(self.goodputs[self.ours].rate, rate)
-        rivals = [cell.token_rate for cell in self.saturated if cell.system not in (self.ours, VLLM)]
-        found["throughput_vs_best"] = _over(self.throughput(self.ours), max(rivals, default=0.0))
+        rivals = {cell.system for cell in self.saturated} - {self.ours, VLLM}
+        best = max(map(self.throughput, rivals), default=0.0)
+        found["throughput_vs_best"] = _over(self.throughput(self.ours), best)
         if VLLM in self.unloaded:
             found["throughput_vs_vllm"] = _over(self.throughput(self.ours), self.throughput(VLLM))
             found["unloaded_ttft_vs_vllm"] = _over(
@@ -101,7 +103,9 @@ async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
             "latency": unloaded.latency(*typical),
         }
     flood = FLOOD / found.unloaded[field.ours]["latency"]
-    for name in field.systems:
+    for turn in range(plan.rounds * len(field.systems)):
+        around, place = divmod(turn, len(field.systems))
+        name = list(field.systems)[place if around % 2 == 0 else -1 - place]  # there and back
         cell = await field.cell(name, mix, flood, plan.saturation, wait=False)
         found.saturated.append(cell)
         total = cell.report.total
@@ -121,8 +125,8 @@ async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
     if alpha == plan.alphas[-1]:
         await field.dismiss([name for name in field.systems if name not in (*plan.searched, VLLM)])
     searched = [name for name in field.systems if name in plan.searched or name == VLLM]
-    mean = mix.mean_output(plan.seed)
-    starts = {name: max(SEARCH_FROM * found.throughput(name) / mean, 0.05 * capacity) for name in searched}
+    output = mix.mean_output(plan.seed)
+    starts = {name: max(SEARCH_FROM * found.throughput(name) / output, 0.05 * capacity) for name in searched}
     found.goodputs = await field.goodputs(searched, mix, starts)
     return found
 
