@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ LONG = 100.0
 
 
 class Decoder:
-    """Runs leases of one model; a token is its position."""
+    """Runs leases; a token is its position."""
 
     def __init__(self, longest: float) -> None:
         self.sent: list[Progress | Ended] = []
@@ -23,8 +25,10 @@ class Decoder:
         self.known: dict[int, int] = {}
         self.steps: dict[int, int] = {}
 
-    def order(self, job: int, sequences: tuple[int, ...], steps: int, lead: int = 0) -> None:
-        self.pacer.ordered(DecodeOrder(job, "m", sequences, steps, 1.0, lead))
+    def order(
+        self, job: int, sequences: tuple[int, ...], steps: int, lead: int = 0, model: str = "m"
+    ) -> None:
+        self.pacer.ordered(DecodeOrder(job, model, sequences, steps, 1.0, lead))
 
     async def step(
         self,
@@ -169,34 +173,85 @@ async def test_an_early_end_is_told_at_once() -> None:
     assert isinstance(decoder.sent[-1], Ended)
 
 
-@given(
-    leases=st.lists(
-        st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(0, 4), st.booleans()), max_size=12
-    ),
-    data=st.data(),
-)
+async def test_nothing_overtakes_where_two_models_decode_by_turns() -> None:
+    decoder, one, other = Decoder(LONG), tuple(range(100)), tuple(range(100, 200))
+    decoder.order(1, one, 100, model="m")
+    decoder.order(2, other, 100, model="n")
+    for job, batch in ((1, one), (2, other)) * 2:
+        await decoder.step(job, batch)
+    decoder.pacer.flush()
+    decoder.tokens()
+    await decoder.step(1, one)
+    await decoder.step(2, other)
+    await decoder.step(1, one, finishing=(3,))
+    assert decoder.tokens() == [{3: [7, 8]}]
+
+
+async def test_what_an_earlier_lease_made_of_a_sequence_goes_before_its_end() -> None:
+    decoder, many = Decoder(LONG), tuple(range(200))
+    decoder.order(1, many, 3)
+    decoder.order(2, many, 3)
+    for _ in range(3):
+        await decoder.step(1, many)
+    decoder.tokens()
+    decoder.end(1)
+    await decoder.step(2, many, finishing=(3,))
+    assert [[*found.get(3, ())] for found in decoder.tokens()] == [[6, 7], [8]]
+
+
+@dataclass
+class Lane:
+    """Leases of one model, one after the other; some are ordered before the last one ends."""
+
+    model: str
+    first_job: int
+    alive: set[int]
+    leases: list[tuple[int, int, int]]
+    """How many sequences (times 8), steps, and lead."""
+    step: int = 0
+
+    def order(self, decoder: Decoder, which: int) -> None:
+        if which < len(self.leases):
+            size, steps, lead = self.leases[which]
+            batch = tuple(sorted(self.alive))[: 8 * size]
+            decoder.order(self.first_job + which, batch, steps, lead, self.model)
+
+    async def play(self, decoder: Decoder, data: st.DataObject) -> AsyncIterator[None]:
+        self.order(decoder, 0)
+        for which, (size, steps, _lead) in enumerate(self.leases):
+            job, batch = self.first_job + which, tuple(sorted(self.alive))[: 8 * size]
+            if early := data.draw(st.booleans()):
+                self.order(decoder, which + 1)
+            for _ in range(steps):
+                if not (going := tuple(n for n in batch if n in self.alive)):
+                    break
+                gone = data.draw(st.sets(st.sampled_from(going), max_size=1))
+                await decoder.step(job, going, tuple(gone), logprobs=data.draw(st.integers(0, 9)) == 0)
+                self.alive -= gone
+                yield
+            decoder.end(job)
+            if not early:
+                self.order(decoder, which + 1)
+
+
+LEASES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(0, 4)), max_size=8)
+
+
+@given(one=LEASES, other=LEASES, data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_each_token_goes_once_in_order_and_before_its_jobs_end(
-    leases: list[tuple[int, int, int, bool]], data: st.DataObject
+    one: list[tuple[int, int, int]], other: list[tuple[int, int, int]], data: st.DataObject
 ) -> None:
     async def run() -> None:
         decoder = Decoder(LONG)
-        alive = set(range(40))
-        for number, (size, steps, lead, follow) in enumerate(leases):
-            batch = tuple(sorted(alive))[: 8 * size]
-            decoder.order(number, batch, steps, lead)
-            if follow:
-                decoder.order(1000 + number, batch, steps)
-            for _ in range(steps):
-                going = tuple(n for n in batch if n in alive)
-                if not going:
-                    break
-                gone = data.draw(st.sets(st.sampled_from(going), max_size=1))
-                await decoder.step(number, going, tuple(gone), logprobs=data.draw(st.integers(0, 9)) == 0)
-                alive -= gone
-            decoder.end(number)
-            if follow:
-                decoder.end(1000 + number)
+        lanes = [
+            Lane("m", 0, set(range(40)), one).play(decoder, data),
+            Lane("n", 100, set(range(50, 90)), other).play(decoder, data),
+        ]
+        while lanes:
+            lane = data.draw(st.sampled_from(lanes))
+            if await anext(lane, "over") == "over":
+                lanes.remove(lane)
         decoder.pacer.flush()
         ended: set[int] = set()
         got: dict[int, list[int]] = {}
@@ -205,9 +260,10 @@ def test_each_token_goes_once_in_order_and_before_its_jobs_end(
                 ended.add(each.job)
                 continue
             assert each.job not in ended
-            for sequence, one in each.runs.items():
-                assert one.tokens and one.position == one.tokens[0]
-                got.setdefault(sequence, []).extend(one.tokens)
+            for sequence, tokens in each.runs.items():
+                assert tokens.tokens and tokens.position == tokens.tokens[0]
+                assert tokens.position == 5 + len(got.setdefault(sequence, [])), "overtaken"
+                got[sequence] += tokens.tokens
         assert got == {sequence: list(range(5, known)) for sequence, known in decoder.known.items()}
 
     asyncio.run(run())

@@ -8,7 +8,7 @@ share a message. It is done here, where tokens come from, so that everybody on t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from muxserve.engine.messages import UNFINISHED, TokenLogprobs
@@ -69,11 +69,10 @@ class Progress:
                 run.finished = finished
         return self._runs
 
-    def take_finished(self) -> Progress:
-        """The part of sequences that have finished, which is no longer in this one."""
-        part = Progress(self.job, self.steps)
-        for number in [number for number, run in self.runs.items() if run.finished != UNFINISHED]:
-            part._runs[number] = self._runs.pop(number)
+    def take(self, numbers: Iterable[int]) -> Progress:
+        """The part of these sequences, which is no longer in this one."""
+        part, runs = Progress(self.job, self.steps), self.runs
+        part._runs.update((number, runs.pop(number)) for number in numbers if number in runs)
         return part
 
 
@@ -132,16 +131,12 @@ class Pacer:
             self.flush()
             self._send(_of(tokens, lease.steps))
             return
-        progress = self._held[-1] if self._held else None
-        if not isinstance(progress, Progress) or progress.job != tokens.job:
-            progress = Progress(tokens.job)
-            self._held.append(progress)
-        progress.add(tokens, lease.steps)
+        self._holding(tokens.job).add(tokens, lease.steps)
         self._at_once |= len(tokens.sequences) == 1
         if lease.left and lease.left == lease.order.lead:
             self._lead = Progress(tokens.job, lease.steps)
         if any(tokens.step.finished):
-            self._send(progress.take_finished())
+            self._let_go(tokens)
         if not self._longest:
             self.flush()
         elif not self._deciding:
@@ -170,6 +165,22 @@ class Pacer:
         for each in held:
             if isinstance(each, Ended) or each.runs:
                 self._send(each)
+
+    def _holding(self, job: int) -> Progress:
+        """What is held of a job that runs. Several do, and their steps come by turns."""
+        for each in self._held:
+            if isinstance(each, Progress) and each.job == job:
+                return each
+        self._held.append(progress := Progress(job))
+        return progress
+
+    def _let_go(self, tokens: Tokens) -> None:
+        """Send all that is held of sequences that have finished, also what an earlier job made of it."""
+        rows = zip(tokens.sequences, tokens.step.finished, strict=True)
+        finished = [number for number, how in rows if how != UNFINISHED]
+        for each in self._held:
+            if isinstance(each, Progress) and (part := each.take(finished)).runs:
+                self._send(part)
 
     def _decide(self, sequences: int) -> None:
         self._deciding = False
