@@ -38,6 +38,11 @@ class Skew:
         """Output tokens per second, saturated; on average over the rounds."""
         return mean(cell.token_rate for cell in self.saturated if cell.system == system)
 
+    def ended(self, system: str) -> float:
+        """Requests that ended per second, saturated."""
+        found = (cell.report.total.request_rate for cell in self.saturated if cell.system == system)
+        return mean(found)
+
     def ratios(self) -> dict[str, float | None]:
         """Ours over theirs; None where theirs is 0 or was not measured. Of one whom no rate suited that was
         tried the lowest of those counts: the ratio is at least that."""
@@ -47,8 +52,10 @@ class Skew:
                 rate = theirs.rate or theirs.below or 0.0
                 found[f"goodput_vs_{name}"] = _over(self.goodputs[self.ours].rate, rate)
         rivals = {cell.system for cell in self.saturated} - {self.ours, VLLM}
-        best = max(map(self.throughput, rivals), default=0.0)
-        found["throughput_vs_best"] = _over(self.throughput(self.ours), best)
+        most_tokens = max(map(self.throughput, rivals), default=0.0)
+        found["throughput_vs_best"] = _over(self.throughput(self.ours), most_tokens)
+        most_ended = max(map(self.ended, rivals), default=0.0)
+        found["request_throughput_vs_best"] = _over(self.ended(self.ours), most_ended)
         if VLLM in self.unloaded:
             found["throughput_vs_vllm"] = _over(self.throughput(self.ours), self.throughput(VLLM))
             found["unloaded_ttft_vs_vllm"] = _over(

@@ -50,6 +50,8 @@ LEAST_PART = 0.2
 """Part of the time, and of the device, that prefill and decode have at least when targets cannot be met."""
 LOST = 10.0
 """By how much the pace may be slower where most of what waits will be late whatever is done."""
+LONGER = 4.0
+"""By how much turns are longer then: each one begun costs some milliseconds."""
 
 Key = tuple[object, ...]
 
@@ -333,7 +335,8 @@ class Mux(Adbs):
         active = [m for m in plan.models.values() if m.running]
         if len(active) == 1:  # nobody waits for a turn
             return most
-        steps = round(self._options.turn_seconds / max(self._round.seconds, 1e-6))
+        turn = self._options.turn_seconds * (LONGER if self._lost else 1.0)
+        steps = round(turn / max(self._round.seconds, 1e-6))
         return max(min(2, most), min(most, steps))
 
     def _exclusive(self, model: str) -> bool:
