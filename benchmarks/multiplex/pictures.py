@@ -35,13 +35,14 @@ def plot_skew(measured: Sequence[Skew], path: Path) -> None:
     for number, name in enumerate(names):
         at = places + (number - (len(names) - 1) / 2) * width
         found = [skew.goodputs.get(name) for skew in measured]
-        rates = [0.0 if one is None else one.rate for one in found]
+        rates = [np.nan if one is None else one.rate for one in found]  # not searched: no bar
         above = [0.0 if one is None or one.below is None else one.below - one.rate for one in found]
         axes[0].bar(at, rates, width, yerr=(np.zeros(len(rates)), above), capsize=2, label=name)
         axes[1].bar(at, [skew.throughput(name) for skew in measured], width, label=name)
     axes[0].set(title="goodput: highest rate with 99% within the SLO", ylabel="requests/s")
     axes[1].set(title="saturated throughput, no deadlines", ylabel="output tokens/s")
     for each in axes:
+        each.set_xlim(-0.5, len(measured) - 0.5)
         each.set_xticks(places, [f"alpha {skew.alpha:g}" for skew in measured])
         each.grid(alpha=0.3, axis="y")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
