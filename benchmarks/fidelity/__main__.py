@@ -25,7 +25,7 @@ from benchmarks.engine import machine
 from benchmarks.engine.contender import ContenderFailed
 from benchmarks.engine.lineup import CannotRun
 from benchmarks.engine.run import default_model
-from benchmarks.fidelity.comparing import Comparison, compare, markdown, mean, plot
+from benchmarks.fidelity.comparing import Comparison, between, compare, markdown, plot
 from benchmarks.online.deployment import Deployment, Setup
 from muxserve.bench.generator import Generator, Limits
 from muxserve.bench.outcomes import Outcome, Status
@@ -133,8 +133,10 @@ class Benchmark:
 
     def compare(self, measured: Measured) -> dict[str, Any]:
         """Simulate what was sent, and say how far the simulator is off."""
-        plan, loads, table = self._plan, [], mean(*measured.tables)
-        for load, (rate, requests, outcomes) in measured.loads.items():
+        plan, loads = self._plan, []
+        for number, (load, (rate, requests, outcomes)) in enumerate(measured.loads.items()):
+            # The machine's pace changes from minute to minute: as it was at that time.
+            table = between(*measured.tables, (number + 0.5) / len(measured.loads))
             simulated = self._simulate(table, measured.shape, requests)
             window = (plan.warm_up * plan.seconds, plan.seconds)
             found = compare(load, rate, outcomes, simulated, window)

@@ -104,13 +104,14 @@ def _error(measured: float, simulated: float) -> float:
     return round((simulated - measured) / measured, 4) if measured else 0.0
 
 
-def mean(one: Any, other: Any) -> Any:
-    """Of two cost tables of the same cells; what only one of them has measured is that one's."""
+def between(one: Any, other: Any, part: float) -> Any:
+    """From one to the other of two cost tables of the same cells, by so large a part of the way; what only
+    one of them has measured is that one's."""
     if isinstance(one, dict):
-        return {key: mean(value, other.get(key, value)) for key, value in one.items()}
+        return {key: between(value, other.get(key, value), part) for key, value in one.items()}
     if isinstance(one, int) or min(one, other) < 0:
         return max(one, other)
-    return (one + other) / 2
+    return one + part * (other - one)
 
 
 def markdown(loads: Sequence[Mapping[str, Any]]) -> str:

@@ -4,10 +4,9 @@ Prefill jobs run one at a time, in the order in which they were sent; so do deco
 several decode lanes as many of different models run at once. A job alone has all of the mesh; beside others
 it has its share, and all feel what `contention` says. Where a share is made of whole units, such as cores,
 both kinds have them in proportion to their shares, decode jobs equal parts of theirs, and every job at least
-one: where that is more than there are, as when a prefill job begins beside two decode jobs on two cores,
-decode steps take that much longer. A prefill job whose neighbours end keeps its units: it is one step. A
-decode job is one event, not one per step: its progress is counted in steps, and its speed changes when a
-neighbour comes or goes.
+one, also where that is more than there are. A prefill job whose neighbours end keeps its units: it is one
+step. A decode job is one event, not one per step: its progress is counted in steps, and its speed changes
+when a neighbour comes or goes.
 
 A job takes `order_seconds` from its decision to the device, but for a lease that follows on one that has just
 run to its end: a scheduler sends that ahead. A decode job takes `lease_seconds` beside its steps, here before
@@ -207,11 +206,7 @@ class Executor:
         """`paired`: all of them decode."""
         felt = (self._felt(work, share, paired) for work, share in zip(running, shares, strict=True))
         slower = slowdown(*felt)
-        crowded = max(1.0, sum(shares)) if self.units else 1.0
-        return [
-            (work, 1 / (work.shared * slower * (crowded if work.kind == "decode" else 1.0)))
-            for work in running
-        ]
+        return [(work, 1 / (work.shared * slower)) for work in running]
 
     def _lone(self, work: Work) -> float:
         """Seconds of a step of the only job that runs."""
