@@ -44,8 +44,8 @@ MOST = 4096
 """Prompt tokens of a cell; larger ones take long, and follow from those below."""
 LONE = 15
 """Requests that are sent one after the other to learn what one takes beside its jobs."""
-PROMPTS = 7
-"""Prompts of each length."""
+PROMPTS = 25
+"""Prompts of each length: their times spread by a fifth."""
 BESIDE_COUNTS = 0.5
 """Part of a prefill job's time beside decode jobs that counts as the device's."""
 FEEDERS = 3
