@@ -40,8 +40,7 @@ class Skew:
 
     def ended(self, system: str) -> float:
         """Requests that ended per second, saturated."""
-        found = (cell.report.total.request_rate for cell in self.saturated if cell.system == system)
-        return mean(found)
+        return mean(cell.report.total.request_rate for cell in self.saturated if cell.system == system)
 
     def ratios(self) -> dict[str, float | None]:
         """Ours over theirs; None where theirs is 0 or was not measured. Of one whom no rate suited that was
@@ -110,9 +109,9 @@ async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
             "latency": unloaded.latency(*typical),
         }
     flood = FLOOD / found.unloaded[field.ours]["latency"]
-    for turn in range(plan.rounds * len(field.systems)):
-        around, place = divmod(turn, len(field.systems))
-        name = list(field.systems)[place if around % 2 == 0 else -1 - place]  # there and back
+    there = list(field.systems)
+    turns = [name for around in range(plan.rounds) for name in there[:: -1 if around % 2 else 1]]
+    for name in turns:
         cell = await field.cell(name, mix, flood, plan.saturation, wait=False)
         found.saturated.append(cell)
         total = cell.report.total

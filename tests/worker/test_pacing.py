@@ -142,14 +142,20 @@ async def test_logprobs_and_tokens_of_prompts_do_not_wait_and_order_is_kept() ->
     assert decoder.tokens() == [{900: [5]}], "job 2 is no decode job"
 
 
-async def test_the_end_of_a_lease_waits_only_if_another_follows() -> None:
+async def first_of_two_leases(steps: int) -> tuple[Decoder, tuple[int, ...]]:
+    """Two leases of many sequences, so many steps each; the first has ended, what it sent was taken."""
     decoder, many = Decoder(LONG), tuple(range(200))
-    decoder.order(1, many, 2)
-    decoder.order(2, many, 2)
-    for _ in range(2):
+    decoder.order(1, many, steps)
+    decoder.order(2, many, steps)
+    for _ in range(steps):
         await decoder.step(1, many)
     decoder.tokens()
     decoder.end(1)
+    return decoder, many
+
+
+async def test_the_end_of_a_lease_waits_only_if_another_follows() -> None:
+    decoder, many = await first_of_two_leases(2)
     assert decoder.sent == []
     for _ in range(2):
         await decoder.step(2, many)
@@ -188,13 +194,7 @@ async def test_nothing_overtakes_where_two_models_decode_by_turns() -> None:
 
 
 async def test_what_an_earlier_lease_made_of_a_sequence_goes_before_its_end() -> None:
-    decoder, many = Decoder(LONG), tuple(range(200))
-    decoder.order(1, many, 3)
-    decoder.order(2, many, 3)
-    for _ in range(3):
-        await decoder.step(1, many)
-    decoder.tokens()
-    decoder.end(1)
+    decoder, many = await first_of_two_leases(3)
     await decoder.step(2, many, finishing=(3,))
     assert [[*found.get(3, ())] for found in decoder.tokens()] == [[6, 7], [8]]
 
@@ -208,7 +208,6 @@ class Lane:
     alive: set[int]
     leases: list[tuple[int, int, int]]
     """How many sequences (times 8), steps, and lead."""
-    step: int = 0
 
     def order(self, decoder: Decoder, which: int) -> None:
         if which < len(self.leases):

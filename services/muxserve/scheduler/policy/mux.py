@@ -37,7 +37,7 @@ from muxserve.scheduler.policy.slip import Slip
 from muxserve.scheduler.policy.tenants import Tenants
 from muxserve.scheduler.policy.turns import Turns
 
-PRESSED = 0.7
+PRESSED_PACE = 0.7
 """Part of `stretch` by which sequences that decode may slow each other down where requests are refused: who
 was admitted is to be in time, and waiting takes the rest."""
 RESERVE = 1.25
@@ -297,7 +297,7 @@ class Mux(Adbs):
         lone = [(name, 1) for name, _ in _batches(plan.seated)]
         least = self._latency.cycle(lone, plan.lanes).seconds
         if self._forecast.pressed:
-            limit *= PRESSED
+            limit *= PRESSED_PACE
         # Where what waits will be late whatever is done, pace gives way to throughput.
         return max(limit, 2 * least) * (LOST if self._lost else 1.0)
 
