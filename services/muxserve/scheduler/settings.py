@@ -34,7 +34,7 @@ class SchedulerSettings(ServiceSettings):
     `spatial`."""
     quantum: float = Field(1.0, gt=0)
     """Under `temporal`: seconds that a model has the device for while others want it."""
-    turn_seconds: float = Field(0.08, gt=0)
+    turn_seconds: float = Field(0.2, gt=0)
     """Seconds that one turn of all models should take, and a chunk of a prompt."""
     stretch: float = Field(8.0, gt=1)
     """How many times its time alone on the device a request may take, where its model has no targets."""

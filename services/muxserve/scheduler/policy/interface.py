@@ -323,7 +323,7 @@ class PolicyOptions:
     """Least quota of a model, as a part of an equal share of the arena."""
     quantum: float = 1.0
     """`temporal`: seconds that a model has the device for while others want it."""
-    turn_seconds: float = 0.08
+    turn_seconds: float = 0.2
     """`mux`: seconds that one turn of every model that decodes should take in all."""
     stretch: float = 8.0
     """`mux`: how many times its time alone on the device a request may take, where its model has no targets:
