@@ -152,7 +152,7 @@ async def test_a_scheduler_that_is_killed_and_restarted(setting: Setting) -> Non
     await setting.place(worker)
     async with scheduler_process(setting) as (pid, address):
         gateway = await setting.gateway(address)
-        clients = await ask_all(gateway)
+        clients = await ask_all(gateway, tokens=120)
         await clients[7].reach(10)
         os.kill(pid, signal.SIGKILL)
     await gateway.detach()

@@ -60,6 +60,43 @@ def test_while_a_prefill_job_runs_there_is_a_lane_less() -> None:
     assert latency.busy_cycle(batches, lanes=1) > latency.cycle(batches, lanes=1).seconds
 
 
+def test_a_model_that_has_large_batches_for_long_still_knows_small_ones() -> None:
+    """A step that takes as long for one as for a hundred, and then more for each, is no line: what was seen
+    of small batches is not to give way to a line through large ones."""
+    latency = Latency()
+
+    def decodes(sequences: int) -> None:
+        seconds = max(0.013, 0.00013 * sequences)
+        latency.observe(JobEnded("decode", "m", 8 * sequences, 8 * seconds, 8, 100 * sequences))
+
+    for sequences in range(1, 101):
+        decodes(sequences)
+    for round_ in range(2000):
+        decodes(150 + round_ * 37 % 101)
+    assert latency.step("m", 200) == pytest.approx(0.026, rel=0.15)
+    assert 0.004 < latency.lone_step("m") < 0.014, "a line through the large ones alone begins at 0"
+
+
+def test_what_a_neighbour_costs_is_found_also_where_jobs_are_seldom_alone() -> None:
+    """It is assumed to be 0.9 at first; what is expected of a lone job is then as wrong."""
+    latency = Latency()
+    for number in range(400):
+        sequences, beside = 1 + number * 7 % 64, (1.0, 1.0, 0.6, 0.2)[number % 4]
+        seconds = (0.010 + 0.0002 * sequences) * (1 + 0.1 * beside)
+        latency.observe(JobEnded("decode", "m", 8 * sequences, 8 * seconds, 8, 100 * sequences, beside))
+    assert latency.beside("decode") == pytest.approx(1.1, abs=0.05)
+    assert latency.lone_step("m") == pytest.approx(0.0102, rel=0.1)
+
+
+def test_alone_no_step_takes_longer_than_beside_another_one() -> None:
+    latency = Latency()
+    for _ in range(50):
+        latency.observe(JobEnded("decode", "m", 160, 8 * 0.040, 8, 1600))  # on a bad day
+    for sequences in list(range(1, 33)) * 10:
+        latency.observe(JobEnded("decode", "m", sequences, 0.012 + 0.0005 * sequences, together=1.0))
+    assert latency.step("m", 16) <= latency.step("m", 16, True) == pytest.approx(0.020, rel=0.05)
+
+
 def test_slip_is_how_much_longer_a_model_took_than_was_expected() -> None:
     slip, running = Slip(), ModelSnapshot("m", 16, 2, 8, None, running=(Running(1, 0.0, 10, 99, 1),))
     for window in range(20):

@@ -11,9 +11,10 @@ The last term of a prompt counts only as far as contexts of such length were see
 can be told of it, and any value of q would do. Until longer ones come, theirs is that of the longest.
 
 Least squares of the error relative to what was expected (relative to what was seen, it would find too little)
-over observations that are forgotten by and by, with no coefficient below zero. What ran with nothing beside
-it counts most: of what did not, less can be told. A model that was not observed yet is taken to be like
-another one.
+over observations, with no coefficient below zero. Each new one lets be forgotten what it says anew, and no
+more (directional forgetting: Kulhavy, Restricted exponential forgetting in real-time identification, 1987).
+What ran with nothing beside it counts most: of what did not, less can be told. A model that was not observed
+yet is taken to be like another one.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ FORGET = 0.99
 """Weight that an observation keeps with each one that follows."""
 PRIOR = 0.02
 """Weight of the coefficients that are assumed at first, in observations."""
-CONTENDED = 0.2
+CONTENDED = 0.01
 """Weight of an observation with neighbours all of its time."""
 SWEEPS = 8
 """Passes over the coefficients after each observation."""
 MEMORY = 0.05
-"""Weight of the newest observation of what a job costs its neighbour, or takes at least."""
-BESIDE = 0.9
-"""Part of its time from which a job says something about neighbours."""
+"""Weight of the newest observation of what a job takes at least, or takes longer beside its like."""
+EXTRA = 0.9
+"""What a neighbour is taken to cost before anything is known."""
+APART = 0.01
+"""Variance of the part of their time in which jobs had company, from which they say what it costs."""
 ENOUGH = 8
 """Observations after which a fit can tell what a neighbour cost."""
 MOST = 4.0
@@ -94,12 +97,17 @@ class Fit:
         # Relative: small ones are to be met as well as large ones.
         expected = max(expected, value / MOST)
         f = [x / s / expected for x, s in zip(features, SCALE, strict=True)]
-        kept = FORGET**weight
+        # Of all that is known, R, part of R f fᵀ R / fᵀ R f is forgotten: without the rest a model that has
+        # large batches all the time would know nothing of small ones by and by.
+        along = [sum(r * x for r, x in zip(row, f, strict=True)) for row in self._square]
+        much = sum(a * x for a, x in zip(along, f, strict=True))
+        part = (1 - FORGET**weight) / much if much > 0 else 0.0
+        moment = sum(m * x for m, x in zip(self._moment, f, strict=True))
         for i in range(3):
-            self._moment[i] = kept * self._moment[i] + weight * f[i] * value / expected
+            self._moment[i] += weight * f[i] * value / expected - part * along[i] * moment
             row = self._square[i]
             for j in range(3):
-                row[j] = kept * row[j] + weight * f[i] * f[j]
+                row[j] += weight * f[i] * f[j] - part * along[i] * along[j]
         for _ in range(SWEEPS):
             for i in range(3):
                 row = self._square[i]
@@ -109,14 +117,40 @@ class Fit:
                 self._at[i] = max(0.0, best)
 
 
+class Neighbour:
+    """By how much a job takes longer beside one of the other kind, as a part of its time alone.
+
+    That is the slope of a line through seconds over expected ones, by the part of its time that a job had
+    company, over where the line begins: with a mistake in what is expected, both are off alike.
+    """
+
+    def __init__(self, first: float) -> None:
+        """`first`: what it is before anything is known."""
+        self.extra = first
+        self._sums: tuple[float, ...] = (2.0, 1.0, 1.0, 2 + first, 1 + first)
+        """Of 1, x, x², y and x · y. At first those of a job without company, and of one that had some all of
+        its time."""
+
+    def observe(self, beside: float, ratio: float) -> None:
+        """A job took `ratio` times what was expected of it alone."""
+        new = 1.0, beside, beside * beside, ratio, beside * ratio
+        self._sums = tuple(FORGET * s + x for s, x in zip(self._sums, new, strict=True))
+        n, x, xx, y, xy = self._sums
+        apart = n * xx - x * x
+        if apart > APART * n * n:
+            slope = (n * xy - x * y) / apart
+            alone = (y - slope * x) / n
+            self.extra = min(MOST, max(0.0, slope / max(alone, 1 / MOST)))
+
+
 class Latency:
     """The fits of a unit's models."""
 
     def __init__(self) -> None:
         self._fits: dict[tuple[str, str], Fit] = {}
         """By kind of job, "together" for decode jobs beside another, and model."""
-        self._neighbour = {"decode": 0.9, "prefill": 0.9}
-        """What a neighbour adds to a job of that kind, as a part of its time alone."""
+        self._neighbour = {"decode": Neighbour(EXTRA), "prefill": Neighbour(EXTRA)}
+        """What a neighbour costs a job of that kind."""
         self._slower = 1.5
         """By how much a step takes longer beside those of another model."""
         self._least: dict[str, float] = {}
@@ -144,10 +178,9 @@ class Latency:
             floor = LEAST_PART * seconds / (1 + EACH * features[1])
             before = self._floor.setdefault(event.model, floor)
             self._floor[event.model] = before + MEMORY * (floor - before)
-        if event.beside >= BESIDE and fit.seen >= ENOUGH and (alone := fit(features)) > 0:
-            extra = min(MOST, max(0.0, (seconds / alone - 1) / event.beside))
-            self._neighbour[event.kind] += MEMORY * (extra - self._neighbour[event.kind])
-        seconds /= 1 + self._neighbour[event.kind] * event.beside
+        if fit.seen >= ENOUGH and (alone := fit(features)) > 0:
+            self._neighbour[event.kind].observe(event.beside, min(MOST, seconds / alone))
+        seconds /= 1 + self._neighbour[event.kind].extra * event.beside
         fit.observe(features, seconds, 1 - (1 - CONTENDED) * event.beside)
         if regime == "together" and (lone := self._fits.get(("decode", event.model))) is not None:
             slower = min(MOST, max(1.0, seconds / max(lone(features), seconds / MOST)))
@@ -155,7 +188,7 @@ class Latency:
 
     def step(self, model: str, sequences: int, together: bool = False) -> float:
         """Seconds of a decode step of so many sequences of usual length, with nothing beside it, or with one
-        of another model."""
+        of another model; with nothing beside it it takes no longer."""
         key = model, sequences, together
         if (seconds := self._steps.get(key)) is None:
             seconds = self._steps[key] = self._fitted_step(model, sequences, together)
@@ -168,7 +201,10 @@ class Latency:
         if (this, model) not in self._fits and ((other, model) in self._fits or not self._any(this)):
             seconds = self._fit(other, model)(features)
             return seconds * self._slower if together else seconds / self._slower
-        return self._fit(this, model)(features)
+        seconds = self._fit(this, model)(features)
+        if not together and (beside := self._fits.get(("together", model))) is not None:
+            seconds = min(seconds, beside(features))
+        return seconds
 
     def lone_step(self, model: str) -> float:
         """Seconds of a decode step of one sequence that has the device for itself. Where that is never seen
@@ -188,7 +224,7 @@ class Latency:
 
     def beside(self, kind: str) -> float:
         """By how much a job of that kind takes longer with one of the other kind beside it."""
-        return 1 + self._neighbour[kind]
+        return 1 + self._neighbour[kind].extra
 
     def cycle(self, batches: Sequence[tuple[str, int]], lanes: int) -> Cycle:
         """The fastest way for models with so many sequences each to do one step each, so many at a time.
