@@ -180,6 +180,13 @@ def _arguments() -> argparse.Namespace:
         help="the first is compared with the others (default: all)",
     )
     parser.add_argument("--alpha", action="append", type=float, help="(default: 0.7, 1.3, 2.1); repeatable")
+    parser.add_argument(
+        "--load",
+        action="append",
+        type=float,
+        help="at which all are measured beside each other, as a part of what mux serves in a flood; repeatable "
+        "(default: 0.5, 0.8, 1.2; --quick: 0.8, of mux alone)",
+    )
     parser.add_argument("--slo-scale", type=float, help="(default: 8)")
     parser.add_argument("--scale-lengths", type=float, help="factor on ShareGPT's lengths (default: 0.1)")
     parser.add_argument("--probe-seconds", type=float, help="of each rate of a search")
@@ -195,6 +202,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         "alphas": options.alpha and tuple(options.alpha),
         "policies": options.policy and tuple(options.policy),
         "searched": options.policy and tuple(options.policy),
+        "loads": options.load and tuple(sorted(options.load)),
         "slo_scale": options.slo_scale,
         "scale": options.scale_lengths,
         "probe": options.probe_seconds,
