@@ -97,6 +97,16 @@ def test_alone_no_step_takes_longer_than_beside_another_one() -> None:
     assert latency.step("m", 16) <= latency.step("m", 16, True) == pytest.approx(0.020, rel=0.05)
 
 
+def test_what_was_seen_of_a_lone_sequence_holds_until_it_is_seen_anew() -> None:
+    """Whatever is concluded from large batches meanwhile: here, that none takes less than 50 ms."""
+    latency = Latency()
+    for _ in range(5):
+        latency.observe(JobEnded("decode", "m", 8, 8 * 0.013, 8, 100))
+    for sequences in list(range(20, 64)) * 10:
+        latency.observe(JobEnded("decode", "m", sequences, 0.050 + 1e-5 * sequences))
+    assert latency.lone_step("m") == pytest.approx(0.013, rel=0.21)
+
+
 def test_slip_is_how_much_longer_a_model_took_than_was_expected() -> None:
     slip, running = Slip(), ModelSnapshot("m", 16, 2, 8, None, running=(Running(1, 0.0, 10, 99, 1),))
     for window in range(20):

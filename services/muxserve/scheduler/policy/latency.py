@@ -29,16 +29,26 @@ FORGET = 0.99
 """Weight that an observation keeps with each one that follows."""
 PRIOR = 0.02
 """Weight of the coefficients that are assumed at first, in observations."""
-CONTENDED = 0.01
-"""Weight of an observation with neighbours all of its time."""
+CONTENDED = {"decode": 0.01, "prefill": 0.2}
+"""Weight of an observation with neighbours all of its time, by kind: prompts seldom have none."""
 SWEEPS = 8
 """Passes over the coefficients after each observation."""
 MEMORY = 0.05
-"""Weight of the newest observation of what a job takes at least, or takes longer beside its like."""
+"""Weight of the newest observation where no line is fitted."""
+BESIDE = 0.9
+"""Part of its time from which a prefill job says what a neighbour costs."""
 EXTRA = 0.9
 """What a neighbour is taken to cost before anything is known."""
 APART = 0.01
 """Variance of the part of their time in which jobs had company, from which they say what it costs."""
+FEW = 2.0
+"""Most sequences of a step that says what a lone one takes."""
+ALONE = 0.1
+"""Part of its time that such a job may have had company."""
+NEWEST = 0.1
+"""Weight of the newest one."""
+AROUND = 0.2
+"""How far a fit may differ from that, as a part of it."""
 ENOUGH = 8
 """Observations after which a fit can tell what a neighbour cost."""
 MOST = 4.0
@@ -117,11 +127,11 @@ class Fit:
                 self._at[i] = max(0.0, best)
 
 
-class Neighbour:
-    """By how much a job takes longer beside one of the other kind, as a part of its time alone.
-
-    That is the slope of a line through seconds over expected ones, by the part of its time that a job had
-    company, over where the line begins: with a mistake in what is expected, both are off alike.
+class Slope:
+    """By how much a job takes longer beside one of the other kind, as a part of its time alone: the slope of a
+    line through seconds over expected ones, by the part of its time that a job had company, over where the line
+    begins. With a mistake in what is expected, both are off alike. For decode jobs, which have all degrees of
+    company.
     """
 
     def __init__(self, first: float) -> None:
@@ -143,18 +153,35 @@ class Neighbour:
             self.extra = min(MOST, max(0.0, slope / max(alone, 1 / MOST)))
 
 
+class Mean:
+    """The same for prefill jobs, which seldom are alone: what those with company all the time take, on
+    average."""
+
+    def __init__(self, first: float) -> None:
+        """`first`: what it is before anything is known."""
+        self.extra = first
+
+    def observe(self, beside: float, ratio: float) -> None:
+        """As of `Slope`."""
+        if beside >= BESIDE:
+            extra = max(0.0, (ratio - 1) / beside)
+            self.extra += MEMORY * (extra - self.extra)
+
+
 class Latency:
     """The fits of a unit's models."""
 
     def __init__(self) -> None:
         self._fits: dict[tuple[str, str], Fit] = {}
         """By kind of job, "together" for decode jobs beside another, and model."""
-        self._neighbour = {"decode": Neighbour(EXTRA), "prefill": Neighbour(EXTRA)}
+        self._neighbour: dict[str, Slope | Mean] = {"decode": Slope(EXTRA), "prefill": Mean(EXTRA)}
         """What a neighbour costs a job of that kind."""
         self._slower = 1.5
         """By how much a step takes longer beside those of another model."""
         self._least: dict[str, float] = {}
         """By model: seconds of the shortest steps of late."""
+        self._seen_alone: dict[str, float] = {}
+        """By model: seconds of a step of one or two sequences, as last seen with nothing beside it."""
         self._floor: dict[str, float] = {}
         """By model: seconds that a step takes at least."""
         self._context: dict[str, float] = {}
@@ -174,6 +201,9 @@ class Latency:
         features = self._features(event)
         seconds = event.seconds / event.steps
         if event.kind == "decode":
+            if features[1] <= FEW and max(event.beside, event.together) < ALONE:
+                known = self._seen_alone.setdefault(event.model, seconds)
+                self._seen_alone[event.model] = known + NEWEST * (seconds - known)
             self._least[event.model] = min(seconds, self._least.get(event.model, seconds) * RISE)
             floor = LEAST_PART * seconds / (1 + EACH * features[1])
             before = self._floor.setdefault(event.model, floor)
@@ -181,7 +211,7 @@ class Latency:
         if fit.seen >= ENOUGH and (alone := fit(features)) > 0:
             self._neighbour[event.kind].observe(event.beside, min(MOST, seconds / alone))
         seconds /= 1 + self._neighbour[event.kind].extra * event.beside
-        fit.observe(features, seconds, 1 - (1 - CONTENDED) * event.beside)
+        fit.observe(features, seconds, 1 - (1 - CONTENDED[event.kind]) * event.beside)
         if regime == "together" and (lone := self._fits.get(("decode", event.model))) is not None:
             slower = min(MOST, max(1.0, seconds / max(lone(features), seconds / MOST)))
             self._slower += MEMORY * (slower - self._slower)
@@ -207,11 +237,14 @@ class Latency:
         return seconds
 
     def lone_step(self, model: str) -> float:
-        """Seconds of a decode step of one sequence that has the device for itself. Where that is never seen
-        the fit may say anything; but it takes less than any other step, and not much less."""
+        """Seconds of a decode step of one sequence that has the device for itself: about as was seen. Where that
+        never was the fit may say anything; but it takes less than any other step, and not much less."""
         fitted = self.step(model, 1)
         floor = self._floor.get(model, fitted)
-        return max(SHORTEST, min(self._least.get(model, fitted), max(floor, fitted)))
+        lone = max(SHORTEST, min(self._least.get(model, fitted), max(floor, fitted)))
+        if (seen := self._seen_alone.get(model)) is not None:
+            lone = max((1 - AROUND) * seen, min((1 + AROUND) * seen, lone))
+        return lone
 
     def prefill(self, model: str, tokens: int) -> float:
         """Seconds of a prefill job of so many tokens, with nothing beside it."""
