@@ -184,8 +184,8 @@ def _arguments() -> argparse.Namespace:
         "--load",
         action="append",
         type=float,
-        help="at which all are measured beside each other, as a part of what mux serves in a flood; repeatable "
-        "(default: 0.5, 0.8, 1.2; --quick: 0.8, of mux alone)",
+        help="at which all are measured beside each other, as a part of what mux serves in a flood "
+        "(default: 0.5, 0.8, 1.2; --quick: 0.8, of mux alone); repeatable",
     )
     parser.add_argument("--slo-scale", type=float, help="(default: 8)")
     parser.add_argument("--scale-lengths", type=float, help="factor on ShareGPT's lengths (default: 0.1)")

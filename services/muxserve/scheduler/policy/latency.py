@@ -128,10 +128,11 @@ class Fit:
 
 
 class Slope:
-    """By how much a job takes longer beside one of the other kind, as a part of its time alone: the slope of a
-    line through seconds over expected ones, by the part of its time that a job had company, over where the line
-    begins. With a mistake in what is expected, both are off alike. For decode jobs, which have all degrees of
-    company.
+    """By how much a job takes longer beside one of the other kind, as a part of its time alone.
+
+    That is the slope of a line through seconds over expected ones, by the part of its time that a job had
+    company, over where the line begins: with a mistake in what is expected, both are off alike. For decode
+    jobs, which have all degrees of company.
     """
 
     def __init__(self, first: float) -> None:
@@ -237,8 +238,11 @@ class Latency:
         return seconds
 
     def lone_step(self, model: str) -> float:
-        """Seconds of a decode step of one sequence that has the device for itself: about as was seen. Where that
-        never was the fit may say anything; but it takes less than any other step, and not much less."""
+        """Seconds of a decode step of one sequence that has the device for itself: about as was seen.
+
+        Where that never was, the fit may say anything; but it takes less than any other step, and not much
+        less.
+        """
         fitted = self.step(model, 1)
         floor = self._floor.get(model, fitted)
         lone = max(SHORTEST, min(self._least.get(model, fitted), max(floor, fitted)))
