@@ -129,6 +129,9 @@ class Stream:
         self._jobs: dict[int, JobResult] = {}
         self._reader: asyncio.Task[None] | None = None
         self.infos: asyncio.Queue[worker_pb2.WorkerInfo] = asyncio.Queue()
+        self.ended: list[int] = []
+        """Jobs in the order in which the worker said that they ended: what a test asks when the machine
+        that it runs on may have stopped it for as long as a job takes."""
         self.error: grpc.aio.AioRpcError | None = None
 
     async def begin(self) -> None:
@@ -272,6 +275,7 @@ class Stream:
                         result = self._jobs[response.done.job]
                         result.done = response.done
                         result.ended.set()
+                        self.ended.append(response.done.job)
         except grpc.aio.AioRpcError as error:
             self.error = error
         except asyncio.CancelledError:

@@ -80,10 +80,10 @@ async def test_one_executor_runs_a_prefill_beside_a_decode_job(gpu: MakeDevice, 
             await stream.prefill("llama", {first: (0, 5)})
             decode = await stream.start_decode("llama", [first], 399, 0.5)
             result = await stream.first_step(decode)
-            beside = await stream.result(await stream.start_prefill("llama", {second: (0, 5)}, 0.5))
-            assert beside.outcome == "OK"
-            assert not result.ended.is_set()
+            prefill = await stream.start_prefill("llama", {second: (0, 5)}, 0.5)
+            assert (await stream.result(prefill)).outcome == "OK"
             await stream.decode("llama", [], 1)  # waits for the one that runs
+            assert stream.ended.index(prefill) < stream.ended.index(decode)
             assert result.tokens == {first: text(llama, PROMPT, 400)[1:]}
 
 
