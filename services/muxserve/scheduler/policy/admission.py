@@ -2,8 +2,9 @@
 
 Between now and its end a request waits for the prompts that go before its own, and until enough of what
 decodes has ended for it to join; then it decodes at the pace of so many. All of that is estimated from the
-fitted latencies. What comes true differs from it by the sum of many small delays: its spread grows with the
-square root of the time. An estimate is increased by as much of that as keeps deadlines from being missed.
+fitted latencies, and read as earlier estimates came true (`Hindsight`). What comes differs from it by the
+sum of many small delays: its spread grows with the square root of the time. An estimate is increased by as
+much of that as keeps deadlines from being missed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from muxserve.scheduler.policy.interface import Finished, JobEnded, ModelSnapshot
+from muxserve.scheduler.policy.hindsight import Hindsight
+from muxserve.scheduler.policy.interface import Finished, JobEnded, ModelSnapshot, Waiting
 from muxserve.scheduler.policy.latency import Latency
 
 MEMORY = 0.05
@@ -33,6 +35,8 @@ FIRST_RETRY, LAST_RETRY = 0.2, 30.0
 """Seconds after which a refused request may come again."""
 HALF_LIFE = 60.0
 """Seconds without refusals in which half of that is forgotten."""
+EXPIRED = 1.1
+"""Times as long as it was allowed that a request is taken to need that was not finished in time."""
 KEPT = 20_000
 """Admitted requests remembered."""
 
@@ -47,6 +51,27 @@ class Crowd(NamedTuple):
     """What it may become."""
 
 
+class Estimate(NamedTuple):
+    """What a request takes from now on, in seconds."""
+
+    seconds: float
+    """If all goes on as it does now."""
+    alone: float
+    """With the device for itself."""
+
+
+class _Admitted(NamedTuple):
+    """A request that is to be finished before its deadline."""
+
+    allowed: float
+    """Seconds from its arrival to its deadline."""
+    spread: float
+    """That by which it was admitted. 0: nothing was refused then."""
+    waited: float
+    """Seconds from its arrival to the estimate."""
+    estimate: Estimate
+
+
 class Forecast:
     """The estimates of one unit, and how they came true."""
 
@@ -54,9 +79,8 @@ class Forecast:
         self._latency = latency
         self._used: dict[str, float] = {}
         """Part of the tokens that requests of a model may generate which they do."""
-        self._allowed: dict[int, tuple[float, float]] = {}
-        """Seconds that admitted requests have from their arrival to their deadline, and the spread by which
-        they were admitted."""
+        self._admitted: dict[int, _Admitted] = {}
+        self._hindsight = Hindsight()
         self._spread = LEAST_SPREAD
         self._refusing = 0.0
         """Part of the last decisions that were refusals."""
@@ -76,15 +100,20 @@ class Forecast:
             used = event.output / max(1, event.most)
             before = self._used.setdefault(event.model, used)
             self._used[event.model] = before + MEMORY * (used - before)
-        if (admitted := self._allowed.pop(event.sequence, None)) is not None:
-            allowed, spread = admitted
-            if not spread:
-                return
-            if event.expired or event.seconds > allowed:
-                # Many that were admitted by one estimate say no more against it than one of them.
-                self._spread = min(MOST_SPREAD, max(self._spread, spread + CORRECTION))
-            else:
-                self._spread = max(LEAST_SPREAD, self._spread - CORRECTION * LATE / (1 - LATE))
+        if (admitted := self._admitted.pop(event.sequence, None)) is not None:
+            self._learn(admitted, event.seconds * (EXPIRED if event.expired else 1.0))
+
+    def _learn(self, admitted: _Admitted, seconds: float) -> None:
+        """It was finished so many seconds after its arrival."""
+        estimated, alone = admitted.estimate
+        self._hindsight.observe(estimated / alone, (seconds - admitted.waited) / alone)
+        if not admitted.spread:
+            return
+        if seconds > admitted.allowed:
+            # Many that were admitted by one estimate say no more against it than one of them.
+            self._spread = min(MOST_SPREAD, max(self._spread, admitted.spread + CORRECTION))
+        else:
+            self._spread = max(LEAST_SPREAD, self._spread - CORRECTION * LATE / (1 - LATE))
 
     def output(self, model: str, most: int) -> int:
         """Tokens that a request will generate which may generate so many."""
@@ -101,18 +130,20 @@ class Forecast:
 
     def admitted(self, sequence: int) -> bool:
         """Whether it was decided on before."""
-        return sequence in self._allowed
+        return sequence in self._admitted
 
     def refuse(self) -> None:
         """It would be late."""
         self._refusing += (1 - self._refusing) / DECISIONS
 
-    def admit(self, sequence: int, seconds: float) -> None:
-        """It is to be finished within so many seconds from its arrival."""
+    def admit(self, waiting: Waiting, now: float, estimate: Estimate) -> None:
+        """It is to be finished before its deadline."""
         self._refusing -= self._refusing / DECISIONS
-        if len(self._allowed) >= KEPT:
-            del self._allowed[next(iter(self._allowed))]
-        self._allowed[sequence] = (seconds, self._spread if self.pressed else 0.0)
+        if len(self._admitted) >= KEPT:
+            del self._admitted[next(iter(self._admitted))]
+        allowed, waited = waiting.deadline - waiting.arrival, now - waiting.arrival
+        spread = self._spread if self.pressed else 0.0
+        self._admitted[waiting.sequence] = _Admitted(allowed, spread, waited, estimate)
 
     @property
     def prefill_pace(self) -> float:
@@ -124,18 +155,21 @@ class Forecast:
         seconds per token by model, says that there is too much before the first deadline is missed."""
         seen = late = 0
         for m in models:
-            each = self._used.get(m.model, 1.0) * pace(m.model) if m.running else 0.0
+            if not m.running:
+                continue
+            lone = self._latency.lone_step(m.model)
+            each = self._used.get(m.model, 1.0) * lone * self._hindsight(pace(m.model) / lone)
             for r in m.running:
-                if (admitted := self._allowed.get(r.sequence)) is not None:
+                if (admitted := self._admitted.get(r.sequence)) is not None:
                     seen += 1
-                    late += now + (r.limit - r.length) * each > r.arrival + admitted[0]
+                    late += now + (r.limit - r.length) * each > r.arrival + admitted.allowed
         self._late = late / seen if seen else 0.0
         more = self._spread - LEAST_SPREAD
         passed = (1 - self._refusing) * max(0.0, now - self._seen)
         self._spread = LEAST_SPREAD + more * 0.5 ** (passed / HALF_LIFE)
         self._seen = now
 
-    def seconds(
+    def estimate(
         self,
         models: Iterable[ModelSnapshot],
         ahead: float,
@@ -143,10 +177,10 @@ class Forecast:
         wanted: int,
         crowd: Crowd,
         own: tuple[float, int, float],
-    ) -> float:
-        """Seconds until the end of a request. ahead: seconds of prompts before its own. seats: sequences that
-        decode; wanted: that want to before it. own: seconds of its prompt, tokens of its output, seconds of a
-        step of it alone.
+    ) -> Estimate:
+        """What a request takes. ahead: seconds of prompts before its own. seats: sequences that decode;
+        wanted: that want to before it. own: seconds of its prompt, tokens of its output, seconds of a step
+        of it alone.
         """
         prompt, output, step = own
         fit = max(1.0, seats + (crowd.limit - crowd.now) / crowd.growth) if crowd.growth else math.inf
@@ -155,7 +189,13 @@ class Forecast:
         leave = left / max(1, seats) * crowd.now / max(1, seats)
         wait = max(ahead * self.prefill_pace, short * leave)
         pace = max(step, min(max(crowd.limit, crowd.now), crowd.now + crowd.growth * (wanted + 1)))
-        seconds = wait + prompt * self.prefill_pace + output * pace
+        return Estimate(wait + prompt * self.prefill_pace + output * pace, prompt + output * step)
+
+    def seconds(self, estimate: Estimate) -> float:
+        """Seconds until the end of a request, as far as one can be sure of it."""
+        seconds = estimate.alone * self._hindsight(estimate.seconds / estimate.alone)
+        # Where much is refused a crowded moment does last: others take the place of whoever leaves.
+        seconds += self._refusing * (estimate.seconds - seconds)
         return seconds + max(self._refusing, self._late) * self._spread * math.sqrt(seconds)
 
 

@@ -154,9 +154,9 @@ class Mux(Adbs):
         crowd: Crowd,
         prompt: float,
     ) -> bool:
-        """Refuse a request if it would be. ahead, wanted, crowd: as in `Forecast.seconds`."""
+        """Refuse a request if it would be. ahead, wanted, crowd: as in `Forecast.estimate`."""
         output = self._dues.output(model, waiting)
-        seconds = self._forecast.seconds(
+        estimate = self._forecast.estimate(
             plan.models.values(),
             ahead,
             sum(plan.seated.values()),
@@ -164,12 +164,12 @@ class Mux(Adbs):
             crowd,
             (prompt, output, self._latency.lone_step(model.model)),
         )
-        late = self._now + seconds - waiting.deadline
+        late = self._now + self._forecast.seconds(estimate) - waiting.deadline
         if late > 0 and self._forecast.known(model.model):
             plan.refuse(waiting, retry_after(late))
             self._forecast.refuse()
             return True
-        self._forecast.admit(waiting.sequence, waiting.deadline - waiting.arrival)
+        self._forecast.admit(waiting, self._now, estimate)
         return False
 
     # Prompts
