@@ -35,6 +35,9 @@ FIRST_RETRY, LAST_RETRY = 0.2, 30.0
 """Seconds after which a refused request may come again."""
 HALF_LIFE = 60.0
 """Seconds without refusals in which half of that is forgotten."""
+NEAR = 30.0
+"""Times as long as it takes alone that a request may have at most to say how estimates came true: those with
+more may have been put off."""
 EXPIRED = 1.1
 """Times as long as it was allowed that a request is taken to need that was not finished in time."""
 KEPT = 20_000
@@ -106,7 +109,8 @@ class Forecast:
     def _learn(self, admitted: _Admitted, seconds: float) -> None:
         """It was finished so many seconds after its arrival."""
         estimated, alone = admitted.estimate
-        self._hindsight.observe(estimated / alone, (seconds - admitted.waited) / alone)
+        if admitted.allowed < NEAR * alone:
+            self._hindsight.observe(estimated / alone, (seconds - admitted.waited) / alone)
         if not admitted.spread:
             return
         if seconds > admitted.allowed:

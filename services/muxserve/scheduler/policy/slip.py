@@ -6,7 +6,7 @@ models, leases that end early, orders on their way. It is seen over a second at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from muxserve.scheduler.policy.interface import ModelSnapshot
@@ -16,6 +16,10 @@ WINDOW = 1.0
 NEWEST = 0.3
 """Weight of the newest window."""
 LEAST, MOST = 0.8, 3.0
+FADES = 1.0
+"""Seconds in which half of what was learned is forgotten while nothing decodes: who made models wait is gone."""
+NONE = 0.01
+"""What is no slip any more."""
 
 
 @dataclass(slots=True)
@@ -33,6 +37,7 @@ class Slip:
         self._windows: dict[str, _Window] = {}
         """Of models that have decoded all the time since."""
         self._factors: dict[str, float] = {}
+        self._seen = 0.0
 
     def of(self, model: str) -> float:
         """What the model's expected seconds per step are to be multiplied by."""
@@ -48,13 +53,13 @@ class Slip:
         if (window := self._windows.get(model)) is not None:
             window.steps += steps
 
-    def look(self, models: Iterable[ModelSnapshot], now: float, expected: Callable[[], float]) -> None:
+    def look(self, models: Collection[ModelSnapshot], now: float, expected: Callable[[], float]) -> None:
         """See who decodes; `expected`: seconds between two steps of each, as things are."""
+        self._rest(now, any(m.running for m in models))
         for m in models:
             window = self._windows.get(m.model)
             if not m.running:
-                if window is not None:
-                    del self._windows[m.model]
+                self._windows.pop(m.model, None)
             elif window is None:
                 self._windows[m.model] = _Window(now, expected())
             elif (elapsed := now - window.since) >= WINDOW:
@@ -64,3 +69,11 @@ class Slip:
                 before = self.of(m.model)
                 self._factors[m.model] = before + NEWEST * (seen - before)
                 self._windows[m.model] = _Window(now, seconds)
+
+    def _rest(self, now: float, decoding: bool) -> None:
+        """Forget, if nothing decodes."""
+        if not decoding and self._factors:
+            kept = 0.5 ** ((now - self._seen) / FADES)
+            more = {name: factor - 1 for name, factor in self._factors.items()}
+            self._factors = {name: 1 + extra * kept for name, extra in more.items() if abs(extra) > NONE}
+        self._seen = now
