@@ -17,7 +17,7 @@ NEWEST = 0.3
 """Weight of the newest window."""
 LEAST, MOST = 0.8, 3.0
 FADES = 1.0
-"""Seconds in which half of what was learned is forgotten while nothing decodes: who made models wait is gone."""
+"""Seconds in which half of what was learned is forgotten while nothing decodes: who made it wait is gone."""
 NONE = 0.01
 """What is no slip any more."""
 
