@@ -39,3 +39,11 @@ def test_nothing_takes_less_than_alone_and_a_stall_does_not_count_for_more_than_
     stalled = Hindsight()
     stalled.observe(4.0, 1e6)
     assert stalled(4.0) < 8.0
+
+
+def test_a_crowd_larger_than_any_seen_is_not_expected_to_pass() -> None:
+    hindsight, source = Hindsight(), random.Random(1)
+    for _ in range(300):
+        crowd = source.uniform(1, 4)
+        hindsight.observe(crowd, 1.5 + 0.5 * crowd)
+    assert hindsight(12.0) == pytest.approx(hindsight(4.0) + 8.0, rel=0.01)

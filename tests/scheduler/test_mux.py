@@ -177,6 +177,17 @@ def test_under_three_times_the_load_admitted_requests_are_in_time_and_service_is
     assert attainment(r for r in requests if r.arrival >= 57) >= 0.97
 
 
+def test_light_load_with_deadlines_is_served_right_after_a_flood_without_any() -> None:
+    light = skewed(8, 20, 4, 1.3)
+    world = TimedWorld(create("mux", PolicyOptions()), BLOCKS, {f"m{i}": SHAPE for i in range(4)})
+    world.play(skewed(7, 10, 20, 1.3))
+    begin = world.now + 1.0
+    after = [replace(a, at=begin + a.at, deadline=8 * alone_seconds(a) + 0.3) for a in light]
+    world.play(after)
+    late = [r for r in world.finished if r.arrival >= begin and r.end > r.deadline]
+    assert len(world.refused) + len(late) <= 0.02 * len(after)
+
+
 def test_a_tenant_that_floods_moves_the_others_first_tokens_little() -> None:
     def ttft99(flood: bool) -> float:
         arrivals = []

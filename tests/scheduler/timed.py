@@ -35,7 +35,7 @@ def step_seconds(sequences: int) -> float:
     return sequences * STEPS[-1][1] / STEPS[-1][0]
 
 
-def alone_seconds(request: Request) -> float:
+def alone_seconds(request: Request | Arrival) -> float:
     """Of a request that has the device for itself."""
     return JOB + request.prompt * PREFILL + (request.output - 1) * step_seconds(1) + TRIP
 

@@ -30,7 +30,8 @@ LEAST_SPREAD, MOST_SPREAD = 0.7, 3.0
 DECISIONS = 16
 """Decisions over which it is averaged how many are refusals."""
 PRESSED = 0.25
-"""Part of decisions that are refusals from which a missed deadline says something about the spread."""
+"""Part of decisions that are refusals from which a missed deadline says something about the spread, and a
+crowded moment does not pass: others take the place of whoever leaves."""
 FIRST_RETRY, LAST_RETRY = 0.2, 30.0
 """Seconds after which a refused request may come again."""
 HALF_LIFE = 60.0
@@ -198,8 +199,7 @@ class Forecast:
     def seconds(self, estimate: Estimate) -> float:
         """Seconds until the end of a request, as far as one can be sure of it."""
         seconds = estimate.alone * self._hindsight(estimate.seconds / estimate.alone)
-        # Where much is refused a crowded moment does last: others take the place of whoever leaves.
-        seconds += self._refusing * (estimate.seconds - seconds)
+        seconds += min(1.0, self._refusing / PRESSED) * (estimate.seconds - seconds)
         return seconds + max(self._refusing, self._late) * self._spread * math.sqrt(seconds)
 
 
