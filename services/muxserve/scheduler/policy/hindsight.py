@@ -3,8 +3,8 @@
 Whoever estimates from what goes on at the moment expects a crowded moment to last; but most of those who
 make it crowded are gone before the request is. So a line is fitted from estimated to actual seconds, both as
 multiples of what the request takes alone (least squares; older ones count less). At first, and where requests
-are too much alike to tell, estimates are taken as they are. Nothing is concluded for a crowd larger than any of
-late: beyond those the line goes on as estimates do.
+are too much alike to tell, estimates are taken as they are. Nothing is concluded for a crowd larger than any
+of late: beyond those the line goes on as estimates do.
 """
 
 from __future__ import annotations
