@@ -2,7 +2,9 @@
 
 A deployment with four models is profiled as `muxserve profile` does it; then it gets three loads, parts of
 what it serves when too much arrives, and is profiled again. The same arrivals are simulated under the same
-policy from the mean of both profiles, since a machine that others share is not the same for minutes.
+policy from the mean of both profiles. A machine that others share is not as fast for minutes on end: before
+and after everything a burst of requests, always the same, is timed, and profiles count as they would have
+come out at the pace of each load.
 Throughput is to agree within 10%, mean time to first token and mean time per output token within 25%, for
 each model. Nothing is fitted to what is compared. The last line is one JSON object.
 """
@@ -25,7 +27,7 @@ from benchmarks.engine import machine
 from benchmarks.engine.contender import ContenderFailed
 from benchmarks.engine.lineup import CannotRun
 from benchmarks.engine.run import default_model
-from benchmarks.fidelity.comparing import Comparison, between, compare, markdown, plot
+from benchmarks.fidelity.comparing import Comparison, compare, markdown, mean, plot, scaled
 from benchmarks.online.deployment import Deployment, Setup
 from muxserve.bench.generator import Generator, Limits
 from muxserve.bench.outcomes import Outcome, Status
@@ -45,6 +47,11 @@ from muxserve.v1 import common_pb2
 RESULTS = Path(__file__).parents[1] / "results" / "fidelity"
 FLOOD = 60.0
 """Requests per second that are more than can be served."""
+BURST, BURST_PROMPT, BURST_OUTPUT = 8, (5,) * 8, 32
+"""Requests of each model at once that tell how fast the machine is, their prompt, too short to be cached, and
+tokens of their output."""
+BURSTS = 3
+"""One after the other; the median counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,17 @@ class Measured:
     shape: common_pb2.ModelShape
     loads: Mapping[float, tuple[float, list[Request], Sequence[Outcome]]]
     """By load: rate, what was sent and what came of it."""
+    paces: Sequence[float]
+    """Seconds of the same burst: before and after the first profile, after each load, and at the end."""
+
+    def table(self, load: int) -> Table:
+        """Of both profiles, as they would have come out at the pace of a load, counted from 0."""
+        begin, end = 1 + load, 2 + load
+        pace = (self.paces[begin] + self.paces[end]) / 2
+        first = scaled(self.tables[0], 2 * pace / (self.paces[0] + self.paces[1]))
+        second = scaled(self.tables[1], 2 * pace / (self.paces[-2] + self.paces[-1]))
+        found: Table = mean(first, second)
+        return found
 
     def as_object(self) -> dict[str, Any]:
         """For JSON, so that nothing is lost whatever comes of the simulation."""
@@ -97,7 +115,7 @@ class Measured:
             {"load": load, "rate": rate, "service": outcomes_as_json(outcomes)}
             for load, (rate, _, outcomes) in self.loads.items()
         ]
-        return {"tables": list(self.tables), "loads": loads}
+        return {"tables": list(self.tables), "loads": loads, "paces": list(self.paces)}
 
 
 class Benchmark:
@@ -108,6 +126,8 @@ class Benchmark:
         self._checkpoint = checkpoint
         self._folder = folder
         self._begun = time.monotonic()
+        self._paces: list[float] = []
+        """As in `Measured`."""
 
     async def run(self) -> Measured:
         """The service's part. Raises ContenderFailed, Failed."""
@@ -123,20 +143,21 @@ class Benchmark:
         )
         deployment = await Deployment.start(setup, self._folder / "service")
         try:
+            await self._time_burst(deployment)
             before = await self._profile(deployment)
             shape = await self._shape(deployment)
             measured = await self._measure(deployment)
             after = await self._profile(deployment)
+            await self._time_burst(deployment)
         finally:
             await deployment.close()
-        return Measured((before, after), shape, measured)
+        return Measured((before, after), shape, measured, self._paces)
 
     def compare(self, measured: Measured) -> dict[str, Any]:
         """Simulate what was sent, and say how far the simulator is off."""
         plan, loads = self._plan, []
         for number, (load, (rate, requests, outcomes)) in enumerate(measured.loads.items()):
-            # The machine's pace changes from minute to minute: as it was at that time.
-            table = between(*measured.tables, (number + 0.5) / len(measured.loads))
+            table = measured.table(number)
             simulated = self._simulate(table, measured.shape, requests)
             window = (plan.warm_up * plan.seconds, plan.seconds)
             found = compare(load, rate, outcomes, simulated, window)
@@ -170,6 +191,19 @@ class Benchmark:
     async def _shape(self, deployment: Deployment) -> common_pb2.ModelShape:
         return (await deployment.placement()).units[0].models[0].shape
 
+    async def _time_burst(self, deployment: Deployment) -> None:
+        """See how fast the machine is."""
+        plan = self._plan
+        gateway = target(deployment.gateway)
+        burst = [Request(0.0, model, BURST_PROMPT, BURST_OUTPUT) for model in plan.models] * BURST
+        try:
+            runs = [await Generator(burst, dict.fromkeys(plan.models, gateway)).run() for _ in range(BURSTS)]
+        finally:
+            await gateway.close()
+        ends = [max(outcome.end for outcome in run.outcomes) for run in runs]
+        self.tell(f"pace: {', '.join(f'{end:.2f}' for end in ends)} s")
+        self._paces.append(sorted(ends)[BURSTS // 2])
+
     async def _measure(
         self, deployment: Deployment
     ) -> dict[float, tuple[float, list[Request], Sequence[Outcome]]]:
@@ -184,11 +218,13 @@ class Benchmark:
             tokens = run.token_rate(round(plan.flood / 3), round(plan.flood))
             most = tokens / plan.mix.mean_output(plan.seed)
             self.tell(f"flooded: {tokens:.0f} tokens/s, {most:.1f} requests/s")
+            await self._time_burst(deployment)
             for load in plan.loads:
                 requests = plan.mix.poisson(load * most, plan.seconds, plan.seed)
                 run = await Generator(requests, routes).run()
                 found[load] = (load * most, requests, run.outcomes)
                 self.tell(f"load {load:g}: {len(requests)} requests, {run.seconds:.0f} s")
+                await self._time_burst(deployment)
         finally:
             await gateway.close()
         return found

@@ -104,14 +104,20 @@ def _error(measured: float, simulated: float) -> float:
     return round((simulated - measured) / measured, 4) if measured else 0.0
 
 
-def between(one: Any, other: Any, part: float) -> Any:
-    """From one to the other of two cost tables of the same cells, by so large a part of the way; what only
-    one of them has measured is that one's."""
+def scaled(table: Any, factor: float) -> Any:
+    """A cost table of a machine that takes so many times as long."""
+    if isinstance(table, dict):
+        return {key: scaled(value, factor) for key, value in table.items()}
+    return table if isinstance(table, int) or table < 0 else factor * table
+
+
+def mean(one: Any, other: Any) -> Any:
+    """Of two cost tables of the same cells; what only one of them has measured is that one's."""
     if isinstance(one, dict):
-        return {key: between(value, other.get(key, value), part) for key, value in one.items()}
+        return {key: mean(value, other.get(key, value)) for key, value in one.items()}
     if isinstance(one, int) or min(one, other) < 0:
         return max(one, other)
-    return one + part * (other - one)
+    return (one + other) / 2
 
 
 def markdown(loads: Sequence[Mapping[str, Any]]) -> str:
