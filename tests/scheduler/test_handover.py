@@ -148,7 +148,7 @@ async def test_requests_of_a_model_that_goes_to_sleep_wait_until_it_is_woken(set
         return await queue.depth("a") == len(clients)
 
     await eventually(all_wait)
-    assert pair.workers[0].available == pair.workers[0].blocks
+    await eventually(lambda: pair.workers[0].available == pair.workers[0].blocks)  # when its job has ended
     await pair.place(READY, None)
     await check_all(clients)
     await pair.settled()
