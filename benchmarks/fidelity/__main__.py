@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -202,7 +203,7 @@ class Benchmark:
             await gateway.close()
         ends = [max(outcome.end for outcome in run.outcomes) for run in runs]
         self.tell(f"pace: {', '.join(f'{end:.2f}' for end in ends)} s")
-        self._paces.append(sorted(ends)[BURSTS // 2])
+        self._paces.append(median(ends))
 
     async def _measure(
         self, deployment: Deployment

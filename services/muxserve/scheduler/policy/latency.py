@@ -24,9 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from muxserve.scheduler.policy.interface import JobEnded
+from muxserve.scheduler.policy.line import FORGET, Line
 
-FORGET = 0.99
-"""Weight that an observation keeps with each one that follows."""
 PRIOR = 0.02
 """Weight of the coefficients that are assumed at first, in observations."""
 CONTENDED = {"decode": 0.01, "prefill": 0.2}
@@ -138,20 +137,15 @@ class Slope:
     def __init__(self, first: float) -> None:
         """`first`: what it is before anything is known."""
         self.extra = first
-        self._sums: tuple[float, ...] = (2.0, 1.0, 1.0, 2 + first, 1 + first)
-        """Of 1, x, x², y and x · y. At first those of a job without company, and of one that had some all of
-        its time."""
+        self._line = Line([(0.0, 1.0), (1.0, 1 + first)])
+        """At first through a job without company, and one that had some all of its time."""
 
     def observe(self, beside: float, ratio: float) -> None:
         """A job took `ratio` times what was expected of it alone."""
-        new = 1.0, beside, beside * beside, ratio, beside * ratio
-        self._sums = tuple(FORGET * s + x for s, x in zip(self._sums, new, strict=True))
-        n, x, xx, y, xy = self._sums
-        apart = n * xx - x * x
-        if apart > APART * n * n:
-            slope = (n * xy - x * y) / apart
-            alone = (y - slope * x) / n
-            self.extra = min(MOST, max(0.0, slope / max(alone, 1 / MOST)))
+        self._line.observe(beside, ratio)
+        if self._line.variance > APART:
+            slope = self._line.slope
+            self.extra = min(MOST, max(0.0, slope / max(self._line.start(slope), 1 / MOST)))
 
 
 class Mean:
