@@ -83,6 +83,7 @@ class Job:
 
     error: Exception | None = None
     seconds = 0.0
+    nears_end = False
 
     def __init__(self, message: PrefillJob | DecodeJob, model: Model, arena: Bytes, event: int) -> None:
         self.number = message.job

@@ -103,6 +103,8 @@ class JobResult:
     """By sequence, in order."""
     states: dict[int, int] = field(default_factory=dict)
     steps: list[worker_pb2.StepEvents] = field(default_factory=list)
+    nearing: list[int] = field(default_factory=list)
+    """How many steps had come each time that it was said to near its end."""
     done: worker_pb2.JobDone = field(default_factory=worker_pb2.JobDone)
     first: asyncio.Event = field(default_factory=asyncio.Event)
     """Set at its first step."""
@@ -189,14 +191,21 @@ class Stream:
         await self.say(close=worker_pb2.CloseSequences(sequences=numbers))
 
     async def start_prefill(
-        self, model: str, chunks: Mapping[int, tuple[int, int]], share: float = 1.0, borrow: bool = True
+        self,
+        model: str,
+        chunks: Mapping[int, tuple[int, int]],
+        share: float = 1.0,
+        borrow: bool = True,
+        lead: float = 0.0,
     ) -> int:
         job = self._new_job()
         each = [
             worker_pb2.PrefillJob.Chunk(sequence=number, start=start, end=end)
             for number, (start, end) in chunks.items()
         ]
-        order = worker_pb2.PrefillJob(job=job, model=model, chunks=each, share=share, borrow=borrow)
+        order = worker_pb2.PrefillJob(
+            job=job, model=model, chunks=each, share=share, borrow=borrow, lead_seconds=lead
+        )
         await self.say(prefill=order)
         return job
 
@@ -271,6 +280,9 @@ class Stream:
                         self.infos.put_nowait(response.info)
                     case "step":
                         self._on_step(response.step)
+                    case "nearing":
+                        result = self._jobs[response.nearing.job]
+                        result.nearing.append(len(result.steps))
                     case "done":
                         result = self._jobs[response.done.job]
                         result.done = response.done

@@ -35,7 +35,17 @@ from muxserve.engine.tables import SequenceTables
 from muxserve.worker import jobs
 from muxserve.worker.lanes import JobQueue, Lane
 from muxserve.worker.models import LoadedModel, ModelChoice, ModelTable
-from muxserve.worker.orders import Chunk, DecodeOrder, Ended, Opening, Order, Outcome, PrefillOrder, Tokens
+from muxserve.worker.orders import (
+    Chunk,
+    DecodeOrder,
+    Ended,
+    Nearing,
+    Opening,
+    Order,
+    Outcome,
+    PrefillOrder,
+    Tokens,
+)
 from muxserve.worker.prefix_cache import PrefixCache
 from muxserve.worker.sequences import Sequence, SequenceBook
 from muxserve.worker.shapes import ServedShape
@@ -89,9 +99,9 @@ class Scheduler:
     """Where jobs come from, and what it is told."""
 
     book: SequenceBook
-    told: Callable[[Tokens | Ended], None]
+    told: Callable[[Nearing | Tokens | Ended], None]
 
-    def send(self, event: Tokens | Ended) -> None:
+    def send(self, event: Nearing | Tokens | Ended) -> None:
         self.told(event)
 
 
@@ -159,7 +169,7 @@ class BookMachine(RuleBasedStateMachine):
 
     # What the scheduler hears
 
-    def on_event(self, event: Tokens | Ended) -> None:
+    def on_event(self, event: Nearing | Tokens | Ended) -> None:
         if isinstance(event, Tokens):
             for number, position, token in zip(
                 event.sequences, event.step.positions, event.step.tokens, strict=True
@@ -169,6 +179,7 @@ class BookMachine(RuleBasedStateMachine):
                     asked.known.append(token)
                     asked.sampled = True
             return
+        assert isinstance(event, Ended)
         order = self.orders.pop(event.job)
         refused = dict(event.refused)
         for number in order.sequences:

@@ -54,7 +54,7 @@ class Job:
     def __init__(self, message: PrefillJob | DecodeJob, event: int) -> None:
         self.number, self.model = message.job, message.model
         self.steps, self.seconds, self.error = 0, 0.0, None
-        self.ended = False
+        self.ended = self.nears_end = False
         self.shares = [message.shares]
         self._event = event
         if message.model == "brief":

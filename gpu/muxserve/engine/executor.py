@@ -32,6 +32,7 @@ from muxserve.engine.messages import (
     JobDone,
     ModelAdded,
     ModelRemoved,
+    NearsEnd,
     PrefillJob,
     Ready,
     RemoveModel,
@@ -60,6 +61,8 @@ class Executor:
         self._owner = owner
         self._waiting: Waiting = deque()
         self._jobs: dict[type[JobMessage], RunningJob] = {}
+        self._told: RunningJob | None = None
+        """The last one of which was told that it nears its end."""
         self._shut_down = False
 
     def run(self) -> None:
@@ -105,6 +108,9 @@ class Executor:
         self._runner.acknowledge()
         for kind, job in list(self._jobs.items()):
             ended = job.ended  # asked before its steps are collected: none comes after
+            if job.nears_end and not ended and job is not self._told:
+                self._told = job
+                self._link.send(NearsEnd(job.number))
             for step in job.collect():
                 self._link.send(step)
             if ended:

@@ -108,6 +108,8 @@ class PrefillJob(msgspec.Struct, frozen=True, tag=True):
     chunks: tuple[PrefillChunk, ...]
     shares: Shares = Shares()
     """To begin with; UseShares changes them."""
+    lead: float = 0.0
+    """Seconds before its end when `NearsEnd` is to tell of it, if the runner can. 0: never."""
 
 
 class DecodeRow(msgspec.Struct, frozen=True):
@@ -193,6 +195,12 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     """Slots that left the job without a token, because their logits are not finite."""
 
 
+class NearsEnd(msgspec.Struct, frozen=True, tag=True):
+    """A prefill job will soon have ended: at most once, before its Step and JobDone."""
+
+    job: int
+
+
 class JobDone(msgspec.Struct, frozen=True, tag=True):
     job: int
     steps: int
@@ -201,4 +209,4 @@ class JobDone(msgspec.Struct, frozen=True, tag=True):
     """Not empty: the job failed for a reason of its own (the executor lives on)."""
 
 
-Report = Ready | ModelAdded | ModelRemoved | Step | JobDone
+Report = Ready | ModelAdded | ModelRemoved | NearsEnd | Step | JobDone

@@ -22,6 +22,11 @@ class RunningJob(Protocol):
         """Nothing of it runs any more; there may be steps left to collect."""
 
     @property
+    def nears_end(self) -> bool:
+        """Whether what is left of a prefill job takes about its message's `lead`, or less. False where that
+        is not known."""
+
+    @property
     def steps(self) -> int:
         """Steps computed so far."""
 

@@ -743,6 +743,7 @@ class PrefillJob(_message.Message):
     CHUNKS_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     BORROW_FIELD_NUMBER: _builtins.int
+    LEAD_SECONDS_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """Its number."""
     model: _builtins.str
@@ -752,6 +753,10 @@ class PrefillJob(_message.Message):
     borrow: _builtins.bool
     """Whether the model may hold more blocks than its quota for this job. False: what would take it above its quota is
     refused, with OUT_OF_BLOCKS, even if the pool has free blocks.
+    """
+    lead_seconds: _builtins.float
+    """Seconds before its end when a JobNearing is to tell of it, so that the scheduler can send the job that is to follow.
+    0: none. A worker that cannot tell sends none.
     """
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillJob.Chunk]:
@@ -765,10 +770,11 @@ class PrefillJob(_message.Message):
         chunks: _abc.Iterable[Global___PrefillJob.Chunk] | None = ...,
         share: _builtins.float = ...,
         borrow: _builtins.bool = ...,
+        lead_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrow", b"borrow", "chunks", b"chunks", "job", b"job", "model", b"model", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrow", b"borrow", "chunks", b"chunks", "job", b"job", "lead_seconds", b"lead_seconds", "model", b"model", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -934,6 +940,7 @@ class JobsResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     QUOTAS_FIELD_NUMBER: _builtins.int
+    NEARING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def info(self) -> Global___WorkerInfo:
         """First message, and again whenever models or executors change."""
@@ -950,6 +957,10 @@ class JobsResponse(_message.Message):
     def quotas(self) -> Global___QuotasInForce:
         """Quotas are in force; and again when the last model has come down to its quota."""
 
+    @_builtins.property
+    def nearing(self) -> Global___JobNearing:
+        """A prefill job will soon have ended."""
+
     def __init__(
         self,
         *,
@@ -957,16 +968,39 @@ class JobsResponse(_message.Message):
         step: Global___StepEvents | None = ...,
         done: Global___JobDone | None = ...,
         quotas: Global___QuotasInForce | None = ...,
+        nearing: Global___JobNearing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "info", b"info", "kind", b"kind", "quotas", b"quotas", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "info", b"info", "kind", b"kind", "nearing", b"nearing", "quotas", b"quotas", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "info", b"info", "kind", b"kind", "quotas", b"quotas", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "info", b"info", "kind", b"kind", "nearing", b"nearing", "quotas", b"quotas", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["info", "step", "done", "quotas"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["info", "step", "done", "quotas", "nearing"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___JobsResponse: _TypeAlias = JobsResponse  # noqa: Y015
+
+@_typing.final
+class JobNearing(_message.Message):
+    """A prefill job will have ended in about its `lead_seconds`: another one that is sent now runs right after it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.int
+    """The job."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobNearing: _TypeAlias = JobNearing  # noqa: Y015
 
 @_typing.final
 class QuotasInForce(_message.Message):

@@ -88,7 +88,8 @@ def opening(message: worker_pb2.OpenSequence) -> Opening:
 def prefill_order(message: worker_pb2.PrefillJob) -> PrefillOrder:
     """A prefill job. Raises InvalidArgument for a share that is none."""
     chunks = tuple(Chunk(chunk.sequence, chunk.start, chunk.end) for chunk in message.chunks)
-    return PrefillOrder(message.job, message.model, chunks, _share(message.share), message.borrow)
+    share = _share(message.share)
+    return PrefillOrder(message.job, message.model, chunks, share, message.borrow, message.lead_seconds)
 
 
 def decode_order(message: worker_pb2.DecodeJob) -> DecodeOrder:

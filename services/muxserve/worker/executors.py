@@ -21,6 +21,7 @@ from muxserve.engine.messages import (
     JobDone,
     ModelAdded,
     ModelRemoved,
+    NearsEnd,
     PrefillJob,
     Ready,
     RemoveModel,
@@ -36,6 +37,8 @@ log = structlog.get_logger(__name__)
 
 Kind = Literal["prefill", "decode", "both"]
 """Of the jobs that an executor takes."""
+
+JobReport = NearsEnd | Step | JobDone
 
 EXECUTOR = ("muxserve.engine.executor",)
 """The executor's module; arguments may follow, which come before all others."""
@@ -79,8 +82,8 @@ class _Model:
 class ExecutorProcess:
     """Keeps one executor alive, whatever happens to it. Its state is the arena and the models added to it.
 
-    environment: what it has in its own beside the worker's. on_report gets Step and JobDone of the jobs that
-    run. on_change is called when it becomes ready and when it dies; `ready` then says which. A job that was
+    environment: what it has in its own beside the worker's. on_report gets what is reported of jobs.
+    on_change is called when it becomes ready and when it dies; `ready` then says which. A job that was
     submitted to an executor that died gets no JobDone.
     `broken` ends with an exception if supervision or one of these calls fails: a bug, and the worker's end.
     """
@@ -90,7 +93,7 @@ class ExecutorProcess:
         kind: Kind,
         options: ExecutorOptions,
         environment: Mapping[str, str],
-        on_report: Callable[[Step | JobDone], None],
+        on_report: Callable[[JobReport], None],
         on_change: Callable[[], None],
     ) -> None:
         self.kind = kind
@@ -255,7 +258,7 @@ class ExecutorProcess:
 
     def _handle(self, report: Report) -> None:
         match report:
-            case Step() | JobDone():
+            case NearsEnd() | Step() | JobDone():
                 self._on_report(report)
             case Ready():
                 if not self._becoming.done():

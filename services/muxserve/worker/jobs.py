@@ -64,7 +64,7 @@ def plan_chunks(made: Plan, order: PrefillOrder, job: int, book: SequenceBook) -
             coming.update(book.prefixes.coming(sequence, chunk.end))
             taken.append(part)
     made.later = tuple(later)
-    made.message = PrefillJob(job, order.model, tuple(taken)) if taken else None
+    made.message = PrefillJob(job, order.model, tuple(taken), lead=order.lead) if taken else None
 
 
 def _begun(chunk: Chunk, order: PrefillOrder, book: SequenceBook, made: Plan) -> Sequence | None:

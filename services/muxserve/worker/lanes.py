@@ -12,12 +12,21 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from muxserve.engine.messages import UNFINISHED, JobDone, PrefillJob, Shares, Step
+from muxserve.engine.messages import UNFINISHED, NearsEnd, PrefillJob, Shares, Step
 from muxserve.engine.pool import BlockPool
 from muxserve.engine.shares import decode_room
-from muxserve.worker.executors import ExecutorOptions, ExecutorProcess, Kind
+from muxserve.worker.executors import ExecutorOptions, ExecutorProcess, JobReport, Kind
 from muxserve.worker.jobs import Plan, plan, plan_chunks
-from muxserve.worker.orders import DecodeOrder, Ended, Order, Outcome, PrefillOrder, Refused, Tokens
+from muxserve.worker.orders import (
+    DecodeOrder,
+    Ended,
+    Nearing,
+    Order,
+    Outcome,
+    PrefillOrder,
+    Refused,
+    Tokens,
+)
 from muxserve.worker.sequences import SequenceBook
 
 log = structlog.get_logger(__name__)
@@ -31,7 +40,7 @@ class JobOwner(Protocol):
 
     book: SequenceBook
 
-    def send(self, event: Tokens | Ended) -> None:
+    def send(self, event: Nearing | Tokens | Ended) -> None:
         """Tell of a job's progress; must not block."""
 
 
@@ -136,13 +145,17 @@ class Lane:
         self._submit(running)
         return True
 
-    def on_report(self, report: Step | JobDone) -> None:
+    def on_report(self, report: JobReport) -> None:
         """Of a job of the executor's, which may be another lane's."""
         running = self._running
         if running is None or report.job != running.job:
             return
         if isinstance(report, Step):
             self._on_step(running, report)
+            return
+        if isinstance(report, NearsEnd):
+            if not running.plan.later:
+                running.owner.send(Nearing(running.order.job))
             return
         running.steps += report.steps
         running.seconds += report.seconds
@@ -361,7 +374,7 @@ class Lanes:
     def _executor(
         self, kind: Kind, options: ExecutorOptions, environment: Mapping[str, str], lanes: Sequence[Lane]
     ) -> ExecutorProcess:
-        def on_report(report: Step | JobDone) -> None:
+        def on_report(report: JobReport) -> None:
             for lane in lanes:
                 lane.on_report(report)
 

@@ -40,6 +40,8 @@ class PrefillOrder:
     share: float
     borrow: bool = False
     """Whether the model may hold more blocks than its quota for it."""
+    lead: float = 0.0
+    """Seconds before its end when that is to be told."""
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -91,6 +93,13 @@ class Tokens:
     job: int
     sequences: tuple[int, ...]
     step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Nearing:
+    """A prefill job will soon have ended."""
+
+    job: int
 
 
 @dataclass(frozen=True, slots=True)

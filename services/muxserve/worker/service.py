@@ -11,7 +11,7 @@ import grpc
 from muxserve.common.errors import InvalidArgument, Unavailable
 from muxserve.v1 import worker_pb2, worker_pb2_grpc
 from muxserve.worker import convert
-from muxserve.worker.orders import Ended, QuotasInForce
+from muxserve.worker.orders import Ended, Nearing, QuotasInForce
 from muxserve.worker.pacing import Progress
 from muxserve.worker.session import Event, Session
 from muxserve.worker.worker import Worker
@@ -93,6 +93,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 return worker_pb2.JobsResponse(step=convert.step_events(event))
             case Ended():
                 return worker_pb2.JobsResponse(done=convert.job_done(event))
+            case Nearing():
+                return worker_pb2.JobsResponse(nearing=worker_pb2.JobNearing(job=event.job))
             case QuotasInForce():
                 return worker_pb2.JobsResponse(quotas=convert.quotas_in_force(event))
             case _:

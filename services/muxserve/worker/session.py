@@ -12,7 +12,7 @@ from muxserve.common.errors import Aborted
 from muxserve.engine.pool import BlockPool
 from muxserve.worker.lanes import Lanes
 from muxserve.worker.models import ModelTable
-from muxserve.worker.orders import DecodeOrder, Ended, Opening, PrefillOrder, QuotasInForce, Tokens
+from muxserve.worker.orders import DecodeOrder, Ended, Nearing, Opening, PrefillOrder, QuotasInForce, Tokens
 from muxserve.worker.pacing import Pacer, Progress
 from muxserve.worker.prefix_cache import PrefixCache
 from muxserve.worker.sequences import SequenceBook
@@ -25,7 +25,7 @@ class StateChanged:
     """Models or executors have changed: the scheduler is to be told how the worker stands."""
 
 
-Event = Progress | Ended | StateChanged | QuotasInForce
+Event = Progress | Nearing | Ended | StateChanged | QuotasInForce
 
 
 class Session:
@@ -60,7 +60,7 @@ class Session:
         self._closing: asyncio.Task[None] | None = None
         self.replaced = False
 
-    def send(self, event: Tokens | Ended | StateChanged) -> None:
+    def send(self, event: Nearing | Tokens | Ended | StateChanged) -> None:
         """Queue an event for the stream."""
         if self._closing is not None:
             return
@@ -70,7 +70,7 @@ class Session:
             case Ended():
                 self._pacer.ended(event)
                 self._come_down()
-            case StateChanged():
+            case Nearing() | StateChanged():
                 self._events.put_nowait(event)
 
     async def next_event(self) -> Event | None:

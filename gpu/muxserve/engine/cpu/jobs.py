@@ -67,6 +67,7 @@ class NativeJob:
             sampling=self._sampling.ctypes.data,
             logprobs=max(logprobs, 0),
             hold=min(_LONGEST_HOLD, _HOLD_PER_ROW * (len(rows) - 1)),
+            lead=message.lead if isinstance(message, PrefillJob) else 0.0,
             tokens=self._tokens.ctypes.data,
             finished=self._finished.ctypes.data,
             logprob=self._logprob.ctypes.data,
@@ -78,6 +79,11 @@ class NativeJob:
     def ended(self) -> bool:
         """The library is done with it; there may be steps left to collect."""
         return bool(self.struct.ended)
+
+    @property
+    def nears_end(self) -> bool:
+        """See `RunningJob.nears_end`."""
+        return bool(self.struct.nears_end)
 
     @property
     def steps(self) -> int:

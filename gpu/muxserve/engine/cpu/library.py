@@ -98,9 +98,10 @@ class Job(ctypes.Structure):
         *((name, c_int64) for name in ("rows", "steps")),
         *((name, c_void_p) for name in ("slot", "begin", "end", "limit", "samples", "sampling")),
         ("logprobs", c_int64),
-        ("hold", c_double),
+        *((name, c_double) for name in ("hold", "lead")),
         *((name, c_void_p) for name in ("tokens", "finished", "logprob", "logprob_ids")),
-        *((name, c_int64) for name in ("threads", "stop", "done", "ended", "failure", "failed_layer")),
+        *((name, c_int64) for name in ("threads", "stop", "done", "ended")),
+        *((name, c_int64) for name in ("failure", "failed_layer", "nears_end")),
         ("seconds", c_double),
         ("parts", c_double * len(PARTS)),
     ]

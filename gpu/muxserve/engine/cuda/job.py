@@ -21,6 +21,8 @@ class CudaJob:
         self.seconds = 0.0
         self.error: Exception | None = None
         self.ended = False
+        self.nears_end = False
+        """Stays so: kernels are launched long before they run, and how far they are is not known."""
         self._delivered: deque[Step] = deque()
         self._started = time.perf_counter()
 

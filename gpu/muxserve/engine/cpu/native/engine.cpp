@@ -67,8 +67,8 @@ class Engine {
     };
 
     void work(Job& job) {
-        auto begun = std::chrono::steady_clock::now();
-        auto told = begun;
+        begun_ = std::chrono::steady_clock::now();
+        auto told = begun_;
         std::fill(forward_.parts, forward_.parts + PARTS, 0.0);
         rows_.clear();
         for (int64_t i = 0; i < job.rows; i++) rows_.push_back({i, job.begin[i], job.end[i]});
@@ -87,7 +87,17 @@ class Engine {
                 told = now;
             }
         }
-        job.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+        job.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun_).count();
+    }
+
+    // Tells of the end of a job when what is left of its step, at the pace so far, takes `lead`. By its first thread.
+    void look_ahead(Job& job, int64_t layer, int rank) {
+        if (rank || !job.lead || job.nears_end.load(std::memory_order_relaxed)) return;
+        const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begun_;
+        const double part = (before_ + plan_.tokens * (layer + 1.0) / job.model->layers) / all_;
+        if (passed.count() * (1 - part) > job.lead * part) return;
+        job.nears_end.store(1, std::memory_order_release);
+        tell();
     }
 
     // A step of all rows, in passes of at most MOST tokens: what lies between the products of a longer one would
@@ -102,6 +112,8 @@ class Engine {
                 return false;
             }
         }
+        before_ = all_ = 0;
+        for (const Row& row : rows_) all_ += row.end - row.begin;
         int64_t begin = rows_.empty() ? 0 : rows_[0].begin;
         for (size_t i = 0; i < rows_.size();) {
             plan_.clear();
@@ -120,6 +132,7 @@ class Engine {
                 if (++i < rows_.size()) begin = rows_[i].begin;
             }
             if (!run_pass(job, step)) return false;
+            before_ += plan_.tokens;
         }
         size_t kept = 0;
         for (Row row : rows_) {
@@ -139,12 +152,18 @@ class Engine {
         const bool is_long = plan_.tokens > LONG;
         if (is_long) {
             team_.run(threads(), [&](int rank) { forward_.begin(rank); });
-            for (int64_t l = 0; l < m.layers; l++) team_.run(threads(), [&](int rank) { forward_.layer(l, rank); });
+            for (int64_t l = 0; l < m.layers; l++) {
+                team_.run(threads(), [&](int rank) { forward_.layer(l, rank); });
+                look_ahead(job, l, 0);
+            }
         }
         team_.run(threads(), [&](int rank) {
             if (!is_long) {
                 forward_.begin(rank);
-                for (int64_t l = 0; l < m.layers; l++) forward_.layer(l, rank);
+                for (int64_t l = 0; l < m.layers; l++) {
+                    forward_.layer(l, rank);
+                    look_ahead(job, l, rank);
+                }
             }
             forward_.end(rank);
             if (forward_.failed_layer.load(std::memory_order_relaxed) >= 0) return;
@@ -192,6 +211,8 @@ class Engine {
     const int event_;
     std::atomic<Job*> job_{nullptr};
     Job quit_{};
+    std::chrono::steady_clock::time_point begun_;  // the job
+    int64_t before_ = 0, all_ = 0;                 // tokens of the step: of its earlier passes, and in all
     std::vector<Row> rows_;
     Plan plan_;
     std::vector<int64_t> wanted_, sampling_;

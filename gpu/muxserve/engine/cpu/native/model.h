@@ -80,13 +80,14 @@ struct Job {
     const Sampling* sampling;    // `[rows]`
     int64_t logprobs;            // most that a row asks for
     double hold;                 // seconds that a step may wait to be told, unless a row finished; the first does not
+    double lead;                 // of one step: seconds of it that are left, about, when `nears_end` is told; 0: never
     // Results, `[steps, rows]`; of logprobs `[steps, rows, 1 + logprobs]`, the chosen token's first.
     int32_t* tokens;
     int8_t* finished;
     float* logprob;
     int32_t* logprob_ids;
     // While it runs. Python may change `threads` and `stop` between steps and reads the others.
-    std::atomic<int64_t> threads, stop, done, ended, failure, failed_layer;
+    std::atomic<int64_t> threads, stop, done, ended, failure, failed_layer, nears_end;
     double seconds;
     double parts[PARTS];  // seconds of each Part, as the first thread sees them
 };
