@@ -165,7 +165,12 @@ class Stream:
                 assert self.sequences[chunk.sequence].computed == chunk.start
                 assert chunk.start < chunk.end <= len(self.sequences[chunk.sequence].tokens)
                 taken.append(chunk)
-        await self.worker.pace("prefill", sum(chunk.end - chunk.start for chunk in taken))
+        tokens = sum(chunk.end - chunk.start for chunk in taken)
+        await self.worker.pace("prefill", tokens)
+        if job.lead_seconds:
+            nearing = worker_pb2.JobNearing(job=job.job)
+            self.out.put_nowait(worker_pb2.JobsResponse(nearing=nearing))
+            await self.worker.pace("prefill", tokens)
         if self.lost("prefill", job.job, [chunk.sequence for chunk in taken]):
             return
         ended = []
@@ -177,6 +182,7 @@ class Stream:
         self.step(job.job, ended)
         for chunk in taken:
             self.leave(chunk.sequence, busy=False)
+        self.worker.prefills_followed.append(bool(self.lanes["prefill"]))
         self.done(job.job, refused=refused, steps=1, seconds=0.001)
 
     async def decode(self, job: worker_pb2.DecodeJob) -> None:
@@ -257,6 +263,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.jobs: list[Any] = []
         self.followed: list[bool] = []
         """Whether another decode job waited when one had run to its end."""
+        self.prefills_followed: list[bool] = []
+        """The same of prefill jobs."""
         self.peak = 0
         self.quotas: dict[str, int] = {}
         self.quota_revision = 0

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from muxserve.scheduler.policy import POLICIES, create
-from muxserve.scheduler.policy.interface import PolicyOptions
+from muxserve.scheduler.policy.interface import PolicyOptions, PrefillJob
 from tests.scheduler.world import Shape, World
 
 OPTIONS = PolicyOptions(chunk_tokens=24, chunk_seconds=10, lease_steps=4, adapt_seconds=3)
@@ -85,7 +85,11 @@ def run(
         assert world.jobs or pauses or not world.requests, "with work to do, something runs"
         assert not pauses or name == "spatial" or world.jobs, "only parts that are fixed are left unused"
         if world.jobs:
-            world.advance(world.jobs[order.choice(sorted(world.jobs))])
+            job = world.jobs[order.choice(sorted(world.jobs))]
+            if isinstance(job.what, PrefillJob) and not job.nearing and order.random() < 0.5:
+                job.nearing = True
+            else:
+                world.advance(job)
             world.check()
             world.now += 1
         else:

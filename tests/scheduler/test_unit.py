@@ -16,7 +16,7 @@ from muxserve.scheduler.policy import POLICIES
 from muxserve.scheduler.scheduler import Scheduler
 from muxserve.scheduler.settings import SchedulerSettings
 from muxserve.scheduler.unit import AHEAD
-from muxserve.v1 import admin_pb2, common_pb2, scheduler_pb2, scheduler_pb2_grpc
+from muxserve.v1 import admin_pb2, common_pb2, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 from tests.scheduler.conftest import Setting, eventually
 from tests.scheduler.fake_gateway import FakeGateway
 from tests.scheduler.fake_worker import completion, shape
@@ -62,6 +62,26 @@ async def test_the_next_lease_is_at_the_worker_before_one_ends(setting: Setting,
     late = worker.followed.count(False)
     assert late <= 1 + len(clients), "only where nobody was left, or somebody had just joined"
     assert len(worker.followed) > late
+
+
+@pytest.mark.parametrize("policy", ["mux", "adbs", "fcfs", "round_robin"])
+async def test_the_next_prompt_is_at_the_worker_before_one_is_computed(setting: Setting, policy: str) -> None:
+    worker = await setting.worker(400, {"a": shape(), "b": shape()}, seconds=0.02)
+    await setting.place(worker)
+    running = await setting.scheduler(policy=policy, chunk_tokens=24)
+    gateway = await setting.gateway(running.address)
+    prompts = [(model, [number, *range(number, 40)]) for number in range(3) for model in "ab"]
+    worker.gate.clear()
+    clients = [await gateway.ask(model, prompt, 2) for model, prompt in prompts]
+    worker.gate.set()
+    async with asyncio.timeout(15):
+        for client in clients:
+            await client.done.wait()
+    for (_, prompt), client in zip(prompts, clients, strict=True):
+        assert client.tokens == completion(prompt, 2)
+    jobs = [job for job in worker.jobs if isinstance(job, worker_pb2.PrefillJob)]
+    assert len(worker.prefills_followed) == len(jobs) > 6, "prompts came in chunks"
+    assert worker.prefills_followed.count(False) <= 2, "but for the last one, and who came too late"
 
 
 async def test_a_gateway_may_cancel_by_number(setting: Setting) -> None:

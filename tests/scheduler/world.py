@@ -50,7 +50,7 @@ class Request:
     open: bool = False
     decoded: bool = False
     jobs: list[int] = field(default_factory=list)
-    """The job that runs, and the decode job that is to follow it."""
+    """The job that runs, and the one that is to follow it."""
     preemptions: int = 0
     tenant: str = ""
     priority: int = 0
@@ -84,6 +84,8 @@ class Job:
     members: list[Request]
     steps: int = 0
     ending: bool = False
+    nearing: bool = False
+    """Whether it is known of a prefill job that it will soon have ended."""
     closing: dict[str, int] = field(default_factory=dict)
     closing_slots: dict[str, int] = field(default_factory=dict)
     sampled: int = 0
@@ -101,6 +103,11 @@ class Job:
     def left(self) -> int:
         """Steps of a lease that are left."""
         return self.what.steps - self.steps if isinstance(self.what, DecodeJob) else 1
+
+    @property
+    def chunk_ends(self) -> dict[int, int]:
+        """Of a prefill job, by sequence."""
+        return {c.sequence: c.end for c in self.what.chunks} if isinstance(self.what, PrefillJob) else {}
 
 
 class World:
@@ -182,16 +189,25 @@ class World:
         return Snapshot(tuple(models), Pool(self.total, self.available), jobs, self.decode_lanes)
 
     def ends_soon(self, job: Job) -> bool:
-        """Whether it is a lease near its end that none follows."""
-        if isinstance(job.what, PrefillJob) or job.ending or job.left > self.lead:
+        """Whether it is near its end and none follows."""
+        if isinstance(job.what, PrefillJob):
+            return job.nearing and len(self.prefills) == 1
+        if job.ending or job.left > self.lead:
             return False
         same = (
             o for o in self.jobs.values() if isinstance(o.what, DecodeJob) and o.what.model == job.what.model
         )
         return sum(1 for _ in same) == 1
 
+    @property
+    def prefills(self) -> list[Job]:
+        """The prefill job that runs, and the one that is to follow it."""
+        return [job for job in self.jobs.values() if isinstance(job.what, PrefillJob)]
+
     def follows(self, job: Job) -> bool:
-        """Whether it is a decode job that waits for one of its model to end."""
+        """Whether it waits for another one to end: of its kind, and if they decode, its model."""
+        if isinstance(job.what, PrefillJob):
+            return job is not self.prefills[0]
         return any(
             other.number < job.number
             and isinstance(other.what, DecodeJob)
@@ -200,11 +216,12 @@ class World:
         )
 
     def waiting(self, r: Request) -> Waiting:
+        soon = bool(r.jobs) and self.ends_soon(self.jobs[r.jobs[0]])
         return Waiting(
             r.number,
             r.arrival,
             r.tokens,
-            r.computed,
+            self.jobs[r.jobs[0]].chunk_ends[r.number] if soon else r.computed,
             r.groups,
             r.open,
             bool(r.jobs),
@@ -261,13 +278,14 @@ class World:
                 assert not request.open and not request.emitted, "what was begun is not refused"
                 self.refused.append(request)
             case PrefillJob(model, chunks, _, borrow):
-                assert all(isinstance(job.what, DecodeJob) for job in self.jobs.values()), (
-                    "one prefill at a time"
-                )
+                assert all(map(self.ends_soon, self.prefills)), "one prefill, and one that is to follow it"
                 members = [self.requests[chunk.sequence] for chunk in chunks]
                 for chunk, request in zip(chunks, members, strict=True):
                     assert request.model == model and not request.running
-                    assert request.computed == chunk.start < chunk.end <= request.tokens
+                    computed = max(
+                        [request.computed, *(self.jobs[j].chunk_ends[request.number] for j in request.jobs)]
+                    )
+                    assert computed == chunk.start < chunk.end <= request.tokens
                     request.open = True
                     self.grow(request, chunk.end)
                 self.check_quota(model, borrow)
@@ -335,7 +353,9 @@ class World:
         """End a prefill job, or run one step of a decode job (or end it, where its lease was ended). One that
         is to follow another one does not run yet; if its lease was ended, it is over."""
         if isinstance(job.what, PrefillJob):
-            ends = {chunk.sequence: chunk.end for chunk in job.what.chunks}
+            if self.follows(job):
+                return
+            ends = job.chunk_ends
             for request in list(job.members):
                 request.computed = ends[request.number]
                 if request.computed == request.tokens:

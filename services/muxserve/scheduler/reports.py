@@ -108,8 +108,8 @@ class Reports:
             logprobs = step.logprobs[start:end] if request.queued.HasField("logprobs") else ()
             request.extend(new, logprobs)
             heard += count
+            sequence.computed = request.known - 1
             if job.kind == "decode":
-                sequence.computed = request.known - 1
                 job.tenants[request.queued.tenant] += count
             finish = FINISH.get(state, common_pb2.FINISH_REASON_UNSPECIFIED)
             if finish or logprobs or index == request.resumed_at:

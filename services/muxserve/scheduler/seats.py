@@ -24,6 +24,8 @@ LEAD_SECONDS = 0.02
 """Steps before a decode job's end when the job that is to follow it is decided on, so that it is at the
 worker in time: as many as take so long, and so many at most. What joins the batch meanwhile has to wait for
 that job's end, too."""
+PREFILL_LEAD = 0.012
+"""Seconds before a prefill job's end when the next one is decided on, for the same reason."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +53,8 @@ class Job:
     """Loop time at which it was sent."""
     lead: int = 1
     """Decode: steps before its end when the next one is decided on."""
+    nearing: bool = False
+    """Prefill: whether it will soon have ended."""
     context: int = 0
     """Tokens before those that it computes, over all of its sequences, when it was sent."""
     tenants: Counter[str] = field(default_factory=Counter)
@@ -138,7 +142,12 @@ class Seats:
                 worker_pb2.PrefillJob.Chunk(sequence=sequence.number, start=chunk.start, end=chunk.end)
             )
         message = worker_pb2.PrefillJob(
-            job=job.number, model=job.model, chunks=chunks, share=order.share, borrow=order.borrow
+            job=job.number,
+            model=job.model,
+            chunks=chunks,
+            share=order.share,
+            borrow=order.borrow,
+            lead_seconds=PREFILL_LEAD,
         )
         self.send(worker_pb2.JobsRequest(prefill=message))
 
@@ -204,9 +213,16 @@ class Seats:
             job.steps_left = max(0, job.steps - steps)
         return job
 
+    def near(self, number: int) -> None:
+        """That prefill job will soon have ended; ignored if it has."""
+        if (job := self.jobs.get(number)) is not None:
+            job.nearing = True
+
     def ends_soon(self, job: Job) -> bool:
-        """Whether it is a decode job that will soon have run to its end, and no other waits to follow it."""
-        due = job.kind == "decode" and not job.ending and job.steps_left <= job.lead
+        """Whether it will soon have run to its end, and no other job waits to follow it."""
+        if job.kind == "prefill":
+            return job.nearing and all(each is job or each.kind != "prefill" for each in self.jobs.values())
+        due = not job.ending and job.steps_left <= job.lead
         return due and self.followed(job) is None
 
     def fresh(self, job: Job) -> bool:

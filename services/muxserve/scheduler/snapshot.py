@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 from muxserve.scheduler.policy.interface import ModelSnapshot, Pool, Running, RunningJob, Snapshot, Waiting
 from muxserve.scheduler.requests import Request
@@ -27,7 +28,7 @@ def take(
         if request.running:
             running[request.model].append(_running(request, seats, soon))
         elif not request.awaiting_resume and request.not_before <= now:
-            waiting[request.model].append(_waiting(request))
+            waiting[request.model].append(_waiting(request, seats, soon))
     open_sequences: Counter[str] = Counter()
     held: Counter[str] = Counter()
     closing: Counter[str] = Counter()
@@ -67,9 +68,11 @@ def take(
     return Snapshot(models, Pool(seats.total_blocks, seats.available), jobs, seats.lanes)
 
 
-def _waiting(request: Request) -> Waiting:
-    """Of those that were not begun, which can be many, nothing changes."""
-    if request.sequence is not None or request.output:
+def _waiting(request: Request, seats: Seats, soon: Collection[int]) -> Waiting:
+    """`soon`: jobs that end soon. Of those that were not begun, which can be many, nothing changes."""
+    if (sequence := request.sequence) is not None and sequence.jobs and sequence.jobs[0] in soon:
+        return replace(_view(request), computed=seats.jobs[sequence.jobs[0]].ends[sequence.number])
+    if sequence is not None or request.output:
         return _view(request)
     if request.view is None:
         request.view = _view(request)
@@ -100,8 +103,10 @@ def _running(request: Request, seats: Seats, soon: Collection[int]) -> Running:
     sequence = request.sequence
     assert sequence is not None, "what runs has a seat"
     length, renew = request.known, False
-    if sequence.jobs and sequence.jobs[0] in soon and (after := seats.length(request)) < request.limit:
-        length, renew = after, True
+    if sequence.jobs and sequence.jobs[0] in soon:
+        after = seats.length(request)  # of a prompt's last job: without the token that has come of it
+        if length <= after < request.limit:
+            length, renew = after, True
     return Running(
         request.number,
         request.arrival,

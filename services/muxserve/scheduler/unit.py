@@ -296,6 +296,9 @@ class Unit:
                 self._reports.on_step(response.step)
             case "done":
                 self._reports.on_done(response.done)
+            case "nearing":
+                self.seats.near(response.nearing.job)
+                self.ask_turn()
             case "quotas":
                 self.quotas_in_force = response.quotas
             case "info":

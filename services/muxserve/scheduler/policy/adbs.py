@@ -50,7 +50,7 @@ class Adbs:
         if plan.quotas != {m.model: m.quota for m in snapshot.models}:
             plan.decisions.append(AdaptQuotas(plan.quotas))
         self._admit(plan)
-        if not plan.prefilling:
+        if plan.takes_prompts:
             self._prefill(plan)
         self._decode(plan)
         plan.end_leases(lambda model, running: not self._paused(plan, model, running))

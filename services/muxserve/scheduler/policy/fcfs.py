@@ -21,7 +21,7 @@ class Fcfs:
     def decide(self, snapshot: Snapshot, now: float) -> Sequence[Decision]:
         """See `Policy`."""
         plan = Plan(snapshot, self._options, quotas={})
-        if not plan.prefilling:
+        if plan.takes_prompts:
             self._prefill(plan)
         self._decode(plan)
         plan.end_leases(lambda model, running: True)

@@ -27,7 +27,8 @@ class Waiting:
     tokens: int
     """Known tokens: the prompt, and the output so far of one that is recomputed."""
     computed: int = 0
-    """Tokens whose KV is in the arena: where its next chunk starts."""
+    """Tokens whose KV is in the arena, or will be when a job ends that ends soon: where its next chunk
+    starts."""
     groups: int = 0
     """Block groups it holds."""
     open: bool = False
@@ -154,8 +155,8 @@ class RunningJob:
     ending: bool = False
     """Whether its lease was ended already."""
     ends_soon: bool = False
-    """Whether it is a decode job near its end: the one that is to follow may be started, and runs when this
-    one has ended."""
+    """Whether it is near its end: the one that is to follow may be started, and runs when this one has
+    ended."""
     last_step: bool = False
     """Whether it will end with the step that runs."""
     fresh: bool = False

@@ -70,7 +70,10 @@ class Plan:
         self.models = {m.model: m for m in snapshot.models}
         self.jobs = snapshot.jobs
         self.lanes = snapshot.lanes
-        self.prefilling = any(job.kind == "prefill" for job in snapshot.jobs)
+        prefilling = [job for job in snapshot.jobs if job.kind == "prefill"]
+        self.prefilling = bool(prefilling)
+        self.takes_prompts = all(job.ends_soon for job in prefilling)
+        """Whether a prefill job may be started: none runs but one that is about to end."""
         self.closing = {m.model: m.closing for m in snapshot.models}
         """Blocks that come back when running jobs end; until then they count against their quota."""
         self.slots = {m.model: m.slots_free for m in snapshot.models}
@@ -155,9 +158,9 @@ class Plan:
     # Prefill
 
     def queue(self, model: ModelSnapshot) -> list[Waiting]:
-        """Waiting sequences in the order of service: begun ones first, then by priority if that counts, and
-        age."""
-        left = (w for w in model.waiting if w.sequence not in self._gone)
+        """Waiting sequences with something left to compute in the order of service: begun ones first, then by
+        priority if that counts, and age."""
+        left = (w for w in model.waiting if w.computed < w.tokens and w.sequence not in self._gone)
         if self._priorities:
             return sorted(left, key=lambda w: (not w.open, -w.priority, w.arrival, w.sequence))
         return sorted(left, key=lambda w: (not w.open, w.arrival, w.sequence))
@@ -199,7 +202,7 @@ class Plan:
         """Start that job."""
         share = self.options.prefill_share if share is None else share
         self.decisions.append(PrefillJob(model.model, chunks, share, self._borrows(model)))
-        self.prefilling = True
+        self.prefilling, self.takes_prompts = True, False
         self._started.update(chunk.sequence for chunk in chunks)
 
     # Decode

@@ -35,7 +35,7 @@ class RoundRobin:
     def decide(self, snapshot: Snapshot, now: float) -> Sequence[Decision]:
         """See `Policy`."""
         plan = Plan(snapshot, self._options, quotas={})
-        if not plan.prefilling:
+        if plan.takes_prompts:
             self._prefill(plan)
         self._decode(plan)
         plan.end_leases(lambda model, running: True)

@@ -71,8 +71,8 @@ class Spatial:
         if not snapshot.jobs:
             self._charged.clear()
         self._lanes = snapshot.lanes
-        busy = {job.model for job in snapshot.jobs if not job.ends_soon}
-        soon = {job.model for job in snapshot.jobs if job.ends_soon}
+        soon = {job.model for job in snapshot.jobs if job.kind == "decode" and job.ends_soon}
+        busy = {job.model for job in snapshot.jobs if job.model not in soon}
         while len(busy) < snapshot.lanes and (name := self._start(plan, busy, soon)):
             busy.add(name)
         if not snapshot.jobs and not busy:
