@@ -1,10 +1,11 @@
 """Measures jobs and the service around them, as clients see them.
 
 A prompt of a few tokens takes about a decode step, and what a request with one takes beyond that is the
-service's: the time on its way. The time until a prompt has a token is that and its prefill's. Prompts that
-are computed together are taken for one of as many tokens: sent together, they would not come together, and be
-computed in several jobs. A decode step is the time in which each of `batch` sequences gets a token. Prompts
-are drawn, so that none has spans in the prefix cache.
+service's: the time on its way, on an idle device. The time until a prompt has a token is that and its
+prefill's. Who carries requests may have to wait for cores that jobs run on: the table has the time on the way
+while all lanes decode. Prompts that are computed together are taken for one of as many tokens: sent together,
+they would not come together, and be computed in several jobs. A decode step is the time in which each of
+`batch` sequences gets a token. Prompts are drawn, so that none has spans in the prefix cache.
 
 The share 100 has times of jobs alone, 50 those of jobs that run beside one of the other kind: decode steps
 while prompts come in all the time, and prompts while sequences decode, at some batches, times what that was
@@ -99,6 +100,7 @@ async def measure(address: str, wanted: Wanted, meter: Meter = _nobody) -> Table
             way = statistics.median([await bench.way(model) for model in wanted.contexts])
             for model in wanted.contexts:
                 await bench.prompts(model, way)
+            busy = statistics.median([await bench.busy_way(model) for model in wanted.contexts])
             order = statistics.median([await bench.order(model) for model in wanted.contexts])
             lease = statistics.median([await bench.lease(model) for model in wanted.contexts])
             for model, batch in cells:
@@ -108,7 +110,7 @@ async def measure(address: str, wanted: Wanted, meter: Meter = _nobody) -> Table
             for model in wanted.contexts if wanted.beside else ():
                 grids = table[model]["1"]
                 grids[BESIDE] = await bench.beside(model, grids[WHOLE], lambda: bar.advance(task))
-    seconds = {"request_seconds": way, "order_seconds": order, "lease_seconds": lease}
+    seconds = {"request_seconds": max(way, busy), "order_seconds": order, "lease_seconds": lease}
     return {SERVICE: {name: round(value, 6) for name, value in seconds.items()}} | table
 
 
@@ -124,12 +126,22 @@ class Bench:
         """Seconds of the latest step that was measured, by model."""
 
     async def way(self, model: str) -> float:
-        """Seconds of a request beside its jobs."""
+        """Seconds of a request beside its jobs, on an idle device."""
         await self._traffic.seconds(model, 1, TINY, 2)  # wakes what sleeps
         first = [await self._traffic.seconds(model, 1, TINY, 1) for _ in range(LONE)]
         paces = [await self._pace({model: 1}, TINY) for _ in range(3)]
         self._steps[model] = statistics.median(pace.step for pace in paces)
         return max(0.0, statistics.median(first) - self._steps[model])
+
+    async def busy_way(self, model: str) -> float:
+        """The same while sequences decode on all lanes. 0: nobody counts."""
+        models = self._many(model)[: self._wanted.lanes]
+        steps = math.ceil(2 * SIDE_SECONDS / self._steps[model])
+        async with self._traffic.decoding(dict.fromkeys(models, self._usual_batch), steps) as streams:
+            before = await streams.meter()
+            took = [await self._traffic.seconds(model, 1, TINY, 1) for _ in range(LONE)]
+            spent = await streams.meter() - before
+        return max(0.0, statistics.fmean(took) - _prompt_seconds(spent)) if spent.prompts else 0.0
 
     async def prompts(self, model: str, way: float) -> None:
         """Measure prompts of each length, for all that follows."""
@@ -141,19 +153,19 @@ class Bench:
 
     async def order(self, model: str) -> float:
         """Seconds from the end of a prompt to the beginning of one that has waited for it, while sequences
-        decode: what lies between two ends, less what jobs take."""
+        decode: those in which no prompt is computed, though one always waits."""
         if not self._prompts[model]:
             return 0.0
         length = _middle(sorted(self._prompts[model]))
         steps = math.ceil(2 * SIDE_SECONDS / self._steps[model])
         async with (
             self._traffic.decoding({model: self._usual_batch}, steps) as streams,
-            self._traffic.fed(model, length, QUEUED) as prompts,
+            self._traffic.fed(model, length, QUEUED),
         ):
-            spent = (await streams.pace(model, SIDE_SECONDS)).spent
-        if not spent.prompts or prompts.done < 2:
+            pace = await streams.pace(model, SIDE_SECONDS)
+        if not (jobs := pace.spent.prompts):
             return 0.0
-        return max(0.0, prompts.seconds - spent.prompt_seconds / (1 - BESIDE_COUNTS) / spent.prompts)
+        return max(0.0, pace.seconds / jobs - _prompt_seconds(pace.spent))
 
     async def lease(self, model: str) -> float:
         """Seconds that a lease takes beside its steps, where twice as many models as run side by side take
@@ -266,6 +278,11 @@ class Bench:
             async with traffic.decoding({model: batch, other: batch}, steps) as streams:
                 together = await streams.pace(model, SIDE_SECONDS)
         return Beside(max(1.0, prefill), decode, together)
+
+
+def _prompt_seconds(spent: Spent) -> float:
+    """Of a prefill job, all of them beside decode jobs."""
+    return spent.prompt_seconds / (1 - BESIDE_COUNTS) / spent.prompts
 
 
 def _middle(lengths: Sequence[int]) -> int:
