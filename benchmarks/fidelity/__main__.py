@@ -1,10 +1,9 @@
 """`python -m benchmarks.fidelity`: the simulator beside the service, on the same arrivals.
 
 A deployment with four models is profiled as `muxserve profile` does it; then it gets three loads, parts of
-what it serves when too much arrives, and is profiled again. The same arrivals are simulated under the same
-policy from the mean of both profiles. A machine that others share is not as fast for minutes on end: before
-and after everything a burst of requests, always the same, is timed, and profiles count as they would have
-come out at the pace of each load.
+what it serves when too much arrives, and is profiled again. A machine that others share is not as fast for
+minutes on end, so that goes on in rounds: profiles have the pace that the loads between them have. The same
+arrivals are simulated under the same policy from the mean of all profiles.
 Throughput is to agree within 10%, mean time to first token and mean time per output token within 25%, for
 each model. Nothing is fitted to what is compared. The last line is one JSON object.
 """
@@ -20,7 +19,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,9 +26,9 @@ from benchmarks.engine import machine
 from benchmarks.engine.contender import ContenderFailed
 from benchmarks.engine.lineup import CannotRun
 from benchmarks.engine.run import default_model
-from benchmarks.fidelity.comparing import Comparison, compare, markdown, mean, plot, scaled
+from benchmarks.fidelity.comparing import Comparison, compare, markdown, mean, plot
 from benchmarks.online.deployment import Deployment, Setup
-from muxserve.bench.generator import Generator, Limits
+from muxserve.bench.generator import Generator, Limits, Run
 from muxserve.bench.outcomes import Outcome, Status
 from muxserve.bench.report import outcomes_as_json
 from muxserve.bench.targets import Failed, target
@@ -48,11 +46,6 @@ from muxserve.v1 import common_pb2
 RESULTS = Path(__file__).parents[1] / "results" / "fidelity"
 FLOOD = 60.0
 """Requests per second that are more than can be served."""
-BURST, BURST_PROMPT, BURST_OUTPUT = 8, (5,) * 8, 32
-"""Requests of each model at once that tell how fast the machine is, their prompt, too short to be cached, and
-tokens of their output."""
-BURSTS = 3
-"""One after the other; the median counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +57,15 @@ class Plan:
     loads: tuple[float, ...] = (0.3, 0.5, 0.7)
     """Parts of what is served in a flood. Near saturation waiting times say nothing about a simulator: there
     they change severalfold with a twentieth of the machine's speed, which is not constant."""
-    seconds: float = 150.0
-    """Of arrivals at each load."""
+    rounds: int = 6
+    """With a profile before each, and one after the last."""
+    seconds: float = 25.0
+    """Of arrivals at each load, in each round."""
     flood: float = 20.0
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     lengths: tuple[int, ...] = (8, 32, 128, 384)
-    repeat: int = 3
+    repeat: int = 1
+    """Times that a cell is measured in each profile."""
     scale: float = 0.1
     """Of ShareGPT's lengths."""
     arena: int = 512 * 2**20
@@ -86,37 +82,39 @@ class Plan:
         return Mix(tuple(Stream(model, share, lengths) for model, share in shares.items()))
 
 
-QUICK = Plan(seconds=45.0, flood=10.0, batches=(1, 4, 16), lengths=(8, 32, 96))
+QUICK = Plan(rounds=3, seconds=16.0, flood=10.0, batches=(1, 4, 16), lengths=(8, 32, 96))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load in one round: what was sent, and what came of it."""
+
+    load: float
+    rate: float
+    """Requests per second."""
+    requests: Sequence[Request]
+    outcomes: Sequence[Outcome]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """The service's part of a run."""
 
-    tables: tuple[Table, Table]
-    """Before and after the loads."""
+    tables: Sequence[Table]
+    """One more than rounds."""
     shape: common_pb2.ModelShape
-    loads: Mapping[float, tuple[float, list[Request], Sequence[Outcome]]]
-    """By load: rate, what was sent and what came of it."""
-    paces: Sequence[float]
-    """Seconds of the same burst: before and after the first profile, after each load, and at the end."""
-
-    def table(self, load: int) -> Table:
-        """Of both profiles, as they would have come out at the pace of a load, counted from 0."""
-        begin, end = 1 + load, 2 + load
-        pace = (self.paces[begin] + self.paces[end]) / 2
-        first = scaled(self.tables[0], 2 * pace / (self.paces[0] + self.paces[1]))
-        second = scaled(self.tables[1], 2 * pace / (self.paces[-2] + self.paces[-1]))
-        found: Table = mean(first, second)
-        return found
+    rounds: Sequence[Sequence[Load]]
 
     def as_object(self) -> dict[str, Any]:
         """For JSON, so that nothing is lost whatever comes of the simulation."""
-        loads = [
-            {"load": load, "rate": rate, "service": outcomes_as_json(outcomes)}
-            for load, (rate, _, outcomes) in self.loads.items()
+        rounds = [
+            [
+                {"load": each.load, "rate": each.rate, "service": outcomes_as_json(each.outcomes)}
+                for each in loads
+            ]
+            for loads in self.rounds
         ]
-        return {"tables": list(self.tables), "loads": loads, "paces": list(self.paces)}
+        return {"tables": list(self.tables), "rounds": rounds}
 
 
 class Benchmark:
@@ -127,8 +125,6 @@ class Benchmark:
         self._checkpoint = checkpoint
         self._folder = folder
         self._begun = time.monotonic()
-        self._paces: list[float] = []
-        """As in `Measured`."""
 
     async def run(self) -> Measured:
         """The service's part. Raises ContenderFailed, Failed."""
@@ -144,32 +140,30 @@ class Benchmark:
         )
         deployment = await Deployment.start(setup, self._folder / "service")
         try:
-            await self._time_burst(deployment)
-            before = await self._profile(deployment)
+            rate = await self._flood(deployment)
             shape = await self._shape(deployment)
-            measured = await self._measure(deployment)
-            after = await self._profile(deployment)
-            await self._time_burst(deployment)
+            tables, rounds = [await self._profile(deployment)], []
+            for number in range(plan.rounds):
+                rounds.append(await self._load(deployment, rate, number))
+                tables.append(await self._profile(deployment))
         finally:
             await deployment.close()
-        return Measured((before, after), shape, measured, self._paces)
+        return Measured(tables, shape, rounds)
 
     def compare(self, measured: Measured) -> dict[str, Any]:
         """Simulate what was sent, and say how far the simulator is off."""
         plan, loads = self._plan, []
-        for number, (load, (rate, requests, outcomes)) in enumerate(measured.loads.items()):
-            table = measured.table(number)
-            simulated = self._simulate(table, measured.shape, requests)
+        table = mean(measured.tables)
+        for rounds in zip(*measured.rounds, strict=True):
+            real = [each.outcomes for each in rounds]
+            simulated = [self._simulate(table, measured.shape, each.requests) for each in rounds]
             window = (plan.warm_up * plan.seconds, plan.seconds)
-            found = compare(load, rate, outcomes, simulated, window)
-            self.tell(f"load {load:g}: {found.summary()}")
-            loads.append((found, outcomes, simulated))
+            found = compare(rounds[0].load, rounds[0].rate, real, simulated, window)
+            self.tell(f"load {found.load:g}: {found.summary()}")
+            loads.append((found, [outcomes_as_json(each) for each in simulated]))
         return {
-            "summary": _summary([found for found, _, _ in loads]),
-            "loads": [
-                asdict(found) | {"service": outcomes_as_json(real), "simulated": outcomes_as_json(simulated)}
-                for found, real, simulated in loads
-            ],
+            "summary": _summary([found for found, _ in loads]),
+            "loads": [asdict(found) | {"simulated": simulated} for found, simulated in loads],
         }
 
     def tell(self, line: str) -> None:
@@ -192,43 +186,32 @@ class Benchmark:
     async def _shape(self, deployment: Deployment) -> common_pb2.ModelShape:
         return (await deployment.placement()).units[0].models[0].shape
 
-    async def _time_burst(self, deployment: Deployment) -> None:
-        """See how fast the machine is."""
+    async def _flood(self, deployment: Deployment) -> float:
+        """Requests per second that are served of too many."""
         plan = self._plan
-        gateway = target(deployment.gateway)
-        burst = [Request(0.0, model, BURST_PROMPT, BURST_OUTPUT) for model in plan.models] * BURST
-        try:
-            runs = [await Generator(burst, dict.fromkeys(plan.models, gateway)).run() for _ in range(BURSTS)]
-        finally:
-            await gateway.close()
-        ends = [max(outcome.end for outcome in run.outcomes) for run in runs]
-        self.tell(f"pace: {', '.join(f'{end:.2f}' for end in ends)} s")
-        self._paces.append(median(ends))
+        flood = plan.mix.poisson(FLOOD, plan.flood, plan.seed)
+        run = await self._send(deployment, flood, Limits(drain=0.0))
+        tokens = run.token_rate(round(plan.flood / 3), round(plan.flood))
+        rate = tokens / plan.mix.mean_output(plan.seed)
+        self.tell(f"flooded: {tokens:.0f} tokens/s, {rate:.1f} requests/s")
+        return rate
 
-    async def _measure(
-        self, deployment: Deployment
-    ) -> dict[float, tuple[float, list[Request], Sequence[Outcome]]]:
-        """By load: rate, what was sent and what came of it."""
-        plan = self._plan
+    async def _load(self, deployment: Deployment, most: float, number: int) -> list[Load]:
+        """A round: each load for a while."""
+        plan, found = self._plan, []
+        for load in plan.loads:
+            requests = plan.mix.poisson(load * most, plan.seconds, plan.seed + 1 + number)
+            run = await self._send(deployment, requests, Limits())
+            found.append(Load(load, load * most, requests, run.outcomes))
+            self.tell(f"round {number + 1}, load {load:g}: {len(requests)} requests, {run.seconds:.0f} s")
+        return found
+
+    async def _send(self, deployment: Deployment, requests: Sequence[Request], limits: Limits) -> Run:
         gateway = target(deployment.gateway)
-        routes = dict.fromkeys(plan.models, gateway)
-        found: dict[float, tuple[float, list[Request], Sequence[Outcome]]] = {}
         try:
-            flood = plan.mix.poisson(FLOOD, plan.flood, plan.seed + 1)
-            run = await Generator(flood, routes, limits=Limits(drain=0.0)).run()
-            tokens = run.token_rate(round(plan.flood / 3), round(plan.flood))
-            most = tokens / plan.mix.mean_output(plan.seed)
-            self.tell(f"flooded: {tokens:.0f} tokens/s, {most:.1f} requests/s")
-            await self._time_burst(deployment)
-            for load in plan.loads:
-                requests = plan.mix.poisson(load * most, plan.seconds, plan.seed)
-                run = await Generator(requests, routes).run()
-                found[load] = (load * most, requests, run.outcomes)
-                self.tell(f"load {load:g}: {len(requests)} requests, {run.seconds:.0f} s")
-                await self._time_burst(deployment)
+            return await Generator(requests, dict.fromkeys(self._plan.models, gateway), limits=limits).run()
         finally:
             await gateway.close()
-        return found
 
     def _simulate(
         self, table: Table, shape: common_pb2.ModelShape, requests: Sequence[Request]
@@ -315,7 +298,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="within six minutes")
+    parser.add_argument("--quick", action="store_true", help="within seven minutes")
     parser.add_argument("--model", type=Path, help="GGUF file (default: SmolLM2 of the demo)")
     parser.add_argument("--policy", default="mux")
     parser.add_argument("--seed", type=int, default=7)

@@ -60,21 +60,25 @@ class Comparison:
 def compare(
     load: float,
     rate: float,
-    service: Sequence[Outcome],
-    simulated: Sequence[Outcome],
+    service: Sequence[Sequence[Outcome]],
+    simulated: Sequence[Sequence[Outcome]],
     window: tuple[float, float],
 ) -> Comparison:
-    """`window`: seconds of the run that count."""
-    names = sorted({one.model for one in service})
-    rows = [
-        _row(name, [o for o in service if o.model == name], [o for o in simulated if o.model == name], window)
-        for name in names
-    ]
+    """Of several runs, alike in number. `window`: seconds of each that count."""
+    names = sorted({one.model for run in service for one in run})
+    rows = [_row(name, _of(name, service), _of(name, simulated), window) for name in names]
     return Comparison(load, rate, tuple(rows), _row("all", service, simulated, window))
 
 
+def _of(model: str, runs: Sequence[Sequence[Outcome]]) -> list[list[Outcome]]:
+    return [[one for one in run if one.model == model] for run in runs]
+
+
 def _row(
-    name: str, service: Sequence[Outcome], simulated: Sequence[Outcome], window: tuple[float, float]
+    name: str,
+    service: Sequence[Sequence[Outcome]],
+    simulated: Sequence[Sequence[Outcome]],
+    window: tuple[float, float],
 ) -> Row:
     one, other = _figures(service, window), _figures(simulated, window)
     throughput = _error(one.throughput, other.throughput)
@@ -83,13 +87,13 @@ def _row(
     return Row(name, one, other, throughput, ttft, tpot, holds)
 
 
-def _figures(outcomes: Sequence[Outcome], window: tuple[float, float]) -> Figures:
+def _figures(runs: Sequence[Sequence[Outcome]], window: tuple[float, float]) -> Figures:
     begin, end = window
-    done = [one for one in outcomes if one.status is Status.OK]
+    done = [one for run in runs for one in run if one.status is Status.OK]
     arrived = [one for one in done if begin <= one.at < end]
     return Figures(
         requests=len(arrived),
-        throughput=sum(begin <= one.end < end for one in done) / (end - begin),
+        throughput=sum(begin <= one.end < end for one in done) / (end - begin) / len(runs),
         ttft=_mean([one.ttft for one in arrived]),
         tpot=_mean([one.tpot for one in arrived]),
     )
@@ -104,20 +108,15 @@ def _error(measured: float, simulated: float) -> float:
     return round((simulated - measured) / measured, 4) if measured else 0.0
 
 
-def scaled(table: Any, factor: float) -> Any:
-    """A cost table of a machine that takes so many times as long."""
-    if isinstance(table, dict):
-        return {key: scaled(value, factor) for key, value in table.items()}
-    return table if isinstance(table, int) or table < 0 else factor * table
-
-
-def mean(one: Any, other: Any) -> Any:
-    """Of two cost tables of the same cells; what only one of them has measured is that one's."""
-    if isinstance(one, dict):
-        return {key: mean(value, other.get(key, value)) for key, value in one.items()}
-    if isinstance(one, int) or min(one, other) < 0:
-        return max(one, other)
-    return (one + other) / 2
+def mean(tables: Sequence[Any]) -> Any:
+    """Of cost tables of the same cells, each of those that have measured it."""
+    first = tables[0]
+    if isinstance(first, dict):
+        return {key: mean([table[key] for table in tables if key in table]) for key in first}
+    if isinstance(first, int):
+        return max(tables)
+    measured = [value for value in tables if value >= 0]
+    return sum(measured) / len(measured) if measured else first
 
 
 def markdown(loads: Sequence[Mapping[str, Any]]) -> str:
