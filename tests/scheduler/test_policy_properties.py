@@ -62,6 +62,15 @@ GAVE_WAY = (
 )
 """A prompt that was half computed gives way to one that does not begin after all, and its own turn comes."""
 
+LAST_TOKEN = (
+    "adbs",
+    [Shape(4, 1, 2), Shape(1, 1, 1)],
+    [(0, 1, 1, 0), (0, 1, 24, 1), (0, 23, 18, 3)],
+    3.0,
+    1,
+)
+"""A sequence that is recomputed, whose last token alone is left for the job that follows its first chunk."""
+
 
 def run(
     name: str, shape_list: list[Shape], load: list[tuple[int, int, int, int]], room: float, seed: int
@@ -105,6 +114,7 @@ def run(
 @example(REGROUPED)
 @example(PASSED_OVER)
 @example(GAVE_WAY)
+@example(LAST_TOKEN)
 def test_every_request_finishes_and_blocks_never_exceed_the_pool(case: tuple[Any, ...]) -> None:
     world = run(*case)
     assert len(world.finished) + len(world.refused) == len(case[2])

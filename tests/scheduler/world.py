@@ -234,8 +234,10 @@ class World:
 
     def running(self, r: Request) -> Running:
         length, renew = r.tokens, False
-        if r.jobs and self.ends_soon(job := self.jobs[r.jobs[0]]) and r.tokens + job.left < r.limit:
-            length, renew = r.tokens + job.left, True
+        job = self.jobs[r.jobs[0]] if r.jobs else None
+        if job is not None and isinstance(job.what, DecodeJob) and self.ends_soon(job):
+            renew = r.tokens + job.left < r.limit
+            length += job.left if renew else 0
         return Running(
             r.number,
             r.arrival,
@@ -300,6 +302,7 @@ class World:
                 members = [self.requests[number] for number in sequences]
                 for request in members:
                     assert request.model == model and request.running
+                    assert all(isinstance(self.jobs[number].what, DecodeJob) for number in request.jobs)
                     assert len(request.jobs) <= 1
                     request.decoded = True
                     length = request.tokens + sum(self.jobs[number].left for number in request.jobs)

@@ -28,6 +28,13 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("qwen3", tmp_path_factory.mktemp("qwen"), head_dim=80, seed=2)
 
 
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A step of it takes milliseconds, a layer of a prompt of 500 tokens tens of them."""
+    overrides = {"intermediate_size": 16384}
+    return make_model("llama", tmp_path_factory.mktemp("wide"), head_dim=64, seed=1, overrides=overrides)
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shared(llama: Path, qwen: Path) -> AsyncIterator[Harness]:
     """A worker with "llama" in float32 and "qwen" in bfloat16."""

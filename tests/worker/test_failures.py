@@ -13,7 +13,6 @@ import pytest_asyncio
 
 from muxserve.engine.arena import SharedArena
 from muxserve.v1 import worker_pb2
-from tests.engine.model_factory import make_model
 from tests.worker.harness import LIMIT, Harness, Stream, running_worker
 from tests.worker.random_orders import give_random_orders
 
@@ -23,15 +22,11 @@ PROMPT = [7, 11, 13, 17, 19]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def fragile(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Harness]:
-    """A worker of this module's own, whose executors are killed.
-
-    A step of its model takes milliseconds, so that a job of 299 still runs when it is killed, however late.
-    """
-    wide = {"intermediate_size": 16384}
-    path = make_model("llama", tmp_path_factory.mktemp("wide"), head_dim=64, seed=1, overrides=wide)
+async def fragile(wide: Path) -> AsyncIterator[Harness]:
+    """A worker of this module's own, whose executors are killed: a job of 299 steps of its model still runs
+    then, however late that is."""
     async with running_worker() as harness:
-        await harness.load("llama", path)
+        await harness.load("llama", wide)
         yield harness
 
 

@@ -99,13 +99,14 @@ def _view(request: Request) -> Waiting:
 
 
 def _running(request: Request, seats: Seats, soon: Collection[int]) -> Running:
-    """`soon`: jobs that end soon."""
+    """`soon`: jobs that end soon. Nothing is to follow a prefill job (of the last token of a sequence that is
+    recomputed): its token is not known yet."""
     sequence = request.sequence
     assert sequence is not None, "what runs has a seat"
     length, renew = request.known, False
-    if sequence.jobs and sequence.jobs[0] in soon:
-        after = seats.length(request)  # of a prompt's last job: without the token that has come of it
-        if length <= after < request.limit:
+    if sequence.jobs and sequence.jobs[0] in soon and seats.jobs[sequence.jobs[0]].kind == "decode":
+        after = seats.length(request)
+        if after < request.limit:
             length, renew = after, True
     return Running(
         request.number,
