@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from muxserve.scheduler.policy.interface import ModelSnapshot
 
@@ -54,7 +55,9 @@ class Slip:
             window.steps += steps
 
     def look(self, models: Collection[ModelSnapshot], now: float, expected: Callable[[], float]) -> None:
-        """See who decodes; `expected`: seconds between two steps of each, as things are."""
+        """See who decodes; `expected`: seconds between two steps of each, as things are. It is asked once at
+        most, as most windows end with the same look."""
+        expected = cache(expected)
         self._rest(now, any(m.running for m in models))
         for m in models:
             window = self._windows.get(m.model)
