@@ -117,6 +117,8 @@ async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
         total = cell.report.total
         tell(f"{name}: saturated {cell.token_rate:.0f} tokens/s, {total.request_rate:.2f} requests/s ended")
     capacity = found.throughput(field.ours) / mix.mean_output(plan.seed)
+    # The machine's pace changes between minutes: what is alone is measured beside what is judged by it.
+    await field.calibrate(mix)
     for load in plan.loads:
         # With little time, only ours: what the others do at their own limit is told by their goodput.
         names = list(field.systems) if len(plan.loads) > 1 else [field.ours]
@@ -130,6 +132,7 @@ async def measure(field: Field, plan: Plan, alpha: float, tell: Tell) -> Skew:
             )
     if alpha == plan.alphas[-1]:
         await field.dismiss([name for name in field.systems if name not in (*plan.searched, VLLM)])
+    await field.calibrate(mix)
     searched = [name for name in field.systems if name in plan.searched or name == VLLM]
     output = mix.mean_output(plan.seed)
     starts = {name: max(SEARCH_FROM * found.throughput(name) / output, 0.05 * capacity) for name in searched}

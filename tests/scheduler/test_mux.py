@@ -11,6 +11,7 @@ from muxserve.scheduler.policy import create
 from muxserve.scheduler.policy.interface import (
     AskAgain,
     Decision,
+    DecodeJob,
     Finished,
     JobEnded,
     Policy,
@@ -73,6 +74,30 @@ def test_what_is_late_already_lets_others_pass_until_it_is_old() -> None:
     world.now += 60
     fresh = world.add("a", 10, 5)
     assert first_prefill(world.decide()) == [old.number, fresh.number]
+
+
+def test_short_prompts_wait_for_others_while_something_decodes() -> None:
+    for gather in (True, False):
+        policy = taught(mux(gather=gather))
+        for tokens in (1, 10, 200) * 20:  # a job takes 50 ms, whatever it computes
+            policy.observe(JobEnded("prefill", "a", tokens, 0.05 + 0.0001 * tokens))
+        world = World(policy, BLOCKS, {"a": SHAPE})
+        for _ in range(3):
+            world.add("a", 10, 100)
+            world.now += 0.005
+            world.decide()
+        while world.prefills:
+            world.advance(world.prefills[0])
+            world.decide()
+        assert any(isinstance(job.what, DecodeJob) for job in world.jobs.values())
+        late = world.add("a", 10, 5)
+        decisions = world.decide()
+        assert first_prefill(decisions) == ([] if gather else [late.number])
+        if gather:
+            [again] = [d.at for d in decisions if isinstance(d, AskAgain)]
+            other = world.add("a", 10, 5)
+            world.now = again
+            assert sorted(first_prefill(world.decide())) == [late.number, other.number]
 
 
 def test_a_target_for_the_first_token_says_when_a_prompt_is_due() -> None:

@@ -40,6 +40,9 @@ class SchedulerSettings(ServiceSettings):
     """How many times its time alone on the device a request may take, where its model has no targets."""
     chunked: bool = True
     """Switch of `mux`: prompts come in chunks of about `turn_seconds`; off: of `chunk_seconds`."""
+    gather: bool = True
+    """Switch of `mux`: short prompts wait for others of their model to share a job with, where these come
+    often."""
     borrow: bool = True
     """Switch of `mux`: blocks that nobody claims are lent beyond quotas; off: quotas are hard."""
     slack: bool = True

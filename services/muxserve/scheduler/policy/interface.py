@@ -331,6 +331,8 @@ class PolicyOptions:
     the order of prompts follows from it, and how many sequences decode at once."""
     chunked: bool = True
     """Prompts come in chunks of about `turn_seconds`; off: of `chunk_seconds`."""
+    gather: bool = True
+    """Short prompts wait for others of their model to share a job with, where these come often."""
     borrow: bool = True
     """What nobody claims is lent beyond quotas, and given back by recompute; off: quotas are hard."""
     slack: bool = True
@@ -353,6 +355,7 @@ class PolicyOptions:
         return replace(
             self,
             chunked=False,
+            gather=False,
             borrow=False,
             slack=False,
             turns=False,

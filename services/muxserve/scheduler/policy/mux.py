@@ -7,6 +7,7 @@ slack       Every request has a time at which it is due: its model's TTFT target
 turns       Models decode in proportion to the steps that their sequences need to be in time (`Turns`), few
             at a time if turns are dear, side by side or one after the other (`Latency.cycle`).
 chunked     Prompts come in chunks short enough that the next urgent one is soon served.
+gather      Short prompts wait for others of their model, a token's time or so (`Company`).
 shares      Where models have targets for time per output token, prefill gets what compute these leave.
 borrow, priorities, fairness, admission: see `PolicyOptions`.
 """
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from muxserve.scheduler.policy.adbs import Adbs
 from muxserve.scheduler.policy.admission import Crowd, Forecast, retry_after
+from muxserve.scheduler.policy.company import Company
 from muxserve.scheduler.policy.dues import Dues, Rush
 from muxserve.scheduler.policy.interface import (
     AskAgain,
@@ -71,6 +73,7 @@ class Mux(Adbs):
         self._turns = Turns(options, self._latency, self._dues)
         self._slip = Slip()
         self._tenants = Tenants()
+        self._company = Company(self._latency)
         self._now = 0.0
         self._round = Cycle(0.0, frozenset())
         """In which all that decode do a step."""
@@ -89,6 +92,8 @@ class Mux(Adbs):
         self._now = now
         if self._options.fairness:
             self._tenants.look(snapshot.models, now)
+        if self._options.gather:
+            self._company.look(snapshot.models)
         return super().decide(snapshot, now)
 
     def observe(self, event: Event) -> None:
@@ -234,7 +239,23 @@ class Mux(Adbs):
         # Where somebody makes it crowded, others are not to pay for serving all of that one's.
         rushing = self._options.slack and not self._tenants.crowded
         self._lost = rushing and rush.lost(self._together(plan))
-        return [(model, queue) for _, model, queue in keyed]
+        order = [(model, queue) for _, model, queue in keyed]
+        return self._gathered(plan, order) if self._options.gather else order
+
+    def _gathered(
+        self, plan: Plan, order: list[tuple[ModelSnapshot, list[Waiting]]]
+    ) -> list[tuple[ModelSnapshot, list[Waiting]]]:
+        """Models whose prompts do not wait for others to share a job with: none does where nothing decodes
+        meanwhile, nor where somebody makes it crowded."""
+        decoding = any(job.kind == "decode" for job in plan.jobs)
+        if not order or not decoding or self._lost or self._tenants.crowded:
+            return order
+        pace = self._expected(plan)
+        until = {model.model: self._company.until(model, queue, pace) for model, queue in order}
+        ready = [each for each in order if until[each[0].model] <= self._now]
+        if not ready:
+            plan.decisions.append(AskAgain(min(until.values())))
+        return ready
 
     def _key(self, waiting: Waiting, due: float, left: float) -> Key:
         """Smaller goes first. left: seconds that it takes alone until what is due is there."""
