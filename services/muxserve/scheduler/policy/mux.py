@@ -46,6 +46,8 @@ RESERVE = 1.25
 """How far those that had little may go beyond that."""
 CALM = 2.0
 """How far those may go who are not the ones that make it crowded."""
+BRIEF = 2.0
+"""How many times as long as one for a single token a prefill job of the ones takes that do, at most."""
 OLD = 20.0
 """Seconds after which a late request is served before any other."""
 LEAST_PART = 0.2
@@ -229,9 +231,9 @@ class Mux(Adbs):
                 keys = {w.sequence: self._key(w, *times[w.sequence]) for w in queue}
                 queue.sort(key=lambda w: keys[w.sequence])  # used at once
                 if self._tenants.crowded:
-                    # No job is made longer by prompts of who crowds; those that hold blocks must get on.
-                    calm = [w for w in queue if w.open or not self._tenants.crowds(w.tenant)]
-                    queue = calm or queue
+                    queue = self._uncrowded(plan, model, queue)
+                    if not queue:
+                        continue
                 for w in queue:
                     rush.add(w, *times[w.sequence])
                 keyed.append((keys[queue[0].sequence], model, queue))
@@ -241,6 +243,22 @@ class Mux(Adbs):
         self._lost = rushing and rush.lost(self._together(plan))
         order = [(model, queue) for _, model, queue in keyed]
         return self._gathered(plan, order) if self._options.gather else order
+
+    def _uncrowded(self, plan: Plan, model: ModelSnapshot, queue: list[Waiting]) -> list[Waiting]:
+        """Those of the queue that may share a job while somebody makes it crowded: no job is made longer by
+        prompts of that one's, and one of them alone is short and not sent ahead, as others' may come. Those
+        that hold blocks must get on."""
+        if calm := [w for w in queue if w.open or not self._tenants.crowds(w.tenant)]:
+            return calm
+        if plan.prefilling:
+            return []
+        most = BRIEF * self._latency.prefill(model.model, 1)
+        tokens = 0
+        for count, waiting in enumerate(queue):
+            tokens += waiting.tokens - waiting.computed
+            if count and self._latency.prefill(model.model, tokens) > most:
+                return queue[:count]
+        return queue
 
     def _gathered(
         self, plan: Plan, order: list[tuple[ModelSnapshot, list[Waiting]]]
