@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from muxserve.scheduler.policy.interface import JobEnded, ModelSnapshot, Running
@@ -134,3 +136,31 @@ def test_short_prompts_tell_nothing_of_what_a_long_one_attends_to() -> None:
         latency.observe(JobEnded("prefill", "m", 3000, seconds=12.0))
         assert latency.prefill("m", 3000) < 15
     assert latency.prefill("m", 3000) == pytest.approx(12.0, rel=0.1)
+
+
+def test_models_that_take_the_same_are_taken_to_take_the_same_though_none_was_ever_alone() -> None:
+    order, latency = random.Random(1), Latency()
+    usual = {"hot": 30, "warm": 12, "cool": 7, "cold": 4}
+    for _ in range(400):
+        for name, count in usual.items():
+            sequences = max(1, round(order.gauss(count, count / 6)))
+            step = (0.007 + 0.0004 * sequences) * 1.4 * order.gauss(1.0, 0.15)
+            latency.observe(
+                JobEnded("decode", name, 8 * sequences, 8 * step, 8, 40 * sequences, together=order.random())
+            )
+    steps = [latency.lone_step(name) for name in usual]
+    assert max(steps) < 1.25 * min(steps)
+    assert all(0.5 * 0.0074 < step < 1.5 * 0.0074 for step in steps)
+
+
+def test_a_model_twice_as_large_is_taken_to_take_longer() -> None:
+    order, latency = random.Random(2), Latency()
+    for _ in range(300):
+        for name, count, size in (("small", 20, 1.0), ("large", 5, 2.0)):
+            sequences = max(1, round(order.gauss(count, count / 5)))
+            step = size * (0.007 + 0.0004 * sequences) * order.gauss(1.0, 0.1)
+            latency.observe(
+                JobEnded("decode", name, 8 * sequences, 8 * step, 8, 40 * sequences, together=1.0)
+            )
+    # Batches have no size in common: whether it is the model or the batch can hardly be told.
+    assert 1.25 < latency.lone_step("large") / latency.lone_step("small") < 2.5

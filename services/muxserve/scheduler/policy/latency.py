@@ -163,12 +163,41 @@ class Mean:
             self.extra += MEMORY * (extra - self.extra)
 
 
+class Common:
+    """Decode steps of all models: one fit of how they grow with the batch, and a factor for each model.
+
+    What a model's own fit says of a lone sequence that was never seen is anybody's guess: of one checkpoint
+    under four names twice as much for one as for another. From what was seen, though, all get there along the
+    same line.
+    """
+
+    def __init__(self) -> None:
+        self._fit = Fit(STEP)
+        self._factors: dict[str, float] = {}
+        """The first one's stays 1: what is seen of it is the fit's to explain."""
+
+    def observe(self, model: str, features: Features, seconds: float, weight: float) -> None:
+        """A step took so long, or would have with nothing beside it."""
+        if not self._factors:
+            self._factors[model] = 1.0
+        usual = max(self._fit(features), SHORTEST)
+        factor = self._factors.setdefault(model, seconds / usual if self._fit.seen >= ENOUGH else 1.0)
+        self._fit.observe(features, seconds / factor, weight)
+        if model != next(iter(self._factors)):
+            self._factors[model] = factor + MEMORY * (seconds / usual - factor)
+
+    def __call__(self, model: str, features: Features) -> float:
+        """Seconds of such a step."""
+        return self._factors.get(model, 1.0) * self._fit(features)
+
+
 class Latency:
     """The fits of a unit's models."""
 
     def __init__(self) -> None:
         self._fits: dict[tuple[str, str], Fit] = {}
         """By kind of job, "together" for decode jobs beside another, and model."""
+        self._common = Common()
         self._neighbour: dict[str, Slope | Mean] = {"decode": Slope(EXTRA), "prefill": Mean(EXTRA)}
         """What a neighbour costs a job of that kind."""
         self._slower = 1.5
@@ -210,6 +239,9 @@ class Latency:
         if regime == "together" and (lone := self._fits.get(("decode", event.model))) is not None:
             slower = min(MOST, max(1.0, seconds / max(lone(features), seconds / MOST)))
             self._slower += MEMORY * (slower - self._slower)
+        if event.kind == "decode":
+            apart = seconds / (self._slower if regime == "together" else 1.0)
+            self._common.observe(event.model, features, apart, 1 - (1 - CONTENDED["decode"]) * event.beside)
 
     def step(self, model: str, sequences: int, together: bool = False) -> float:
         """Seconds of a decode step of so many sequences of usual length, with nothing beside it, or with one
@@ -234,10 +266,10 @@ class Latency:
     def lone_step(self, model: str) -> float:
         """Seconds of a decode step of one sequence that has the device for itself: about as was seen.
 
-        Where that never was, the fit may say anything; but it takes less than any other step, and not much
-        less.
+        Where that never was, it follows from what was seen of all models (`Common`); but it takes less than
+        any other step, and not much less.
         """
-        fitted = self.step(model, 1)
+        fitted = self._common(model, (1.0, 1.0, self._context.get(model, 0.0)))
         floor = self._floor.get(model, fitted)
         lone = max(SHORTEST, min(self._least.get(model, fitted), max(floor, fitted)))
         if (seen := self._seen_alone.get(model)) is not None:
