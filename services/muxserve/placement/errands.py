@@ -148,12 +148,12 @@ class Errands:
                 place.loading(f"{worker.id}: {error}")
             await asyncio.sleep(BACKOFF)
         except Overloaded as error:
-            if place.woken:
-                place.sleep()  # it can be woken again, when there is room
-            elif place.state == LOADING:
+            if not place.woken and place.state == LOADING:
                 place.fail(refusal(error))
             log.error("no room for a model", model=name, worker=worker.id, error=str(error))
             await asyncio.sleep(BACKOFF)
+            if place.woken:
+                place.sleep()  # not before: it can be woken again, and would be at once
         except ServiceError as error:
             if place.state == LOADING:
                 place.fail(refusal(error))
