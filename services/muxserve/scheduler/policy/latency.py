@@ -214,12 +214,15 @@ class Latency:
         """Tokens that a token of a prompt attends to, on average over a job: most of late."""
         self._steps: dict[tuple[str, int, bool], float] = {}
         """What `step` said since the last observation."""
+        self._lone: dict[str, float] = {}
+        """The same of `lone_step`."""
 
     def observe(self, event: JobEnded) -> None:
         """Learn from a job."""
         if event.seconds <= 0 or event.steps < 1 or event.tokens < 1:
             return
         self._steps.clear()
+        self._lone.clear()
         regime = "together" if event.kind == "decode" and event.together >= 0.5 else event.kind
         fit = self._fits.setdefault((regime, event.model), self._new(event.kind))
         features = self._features(event)
@@ -235,13 +238,14 @@ class Latency:
         if fit.seen >= ENOUGH and (alone := fit(features)) > 0:
             self._neighbour[event.kind].observe(event.beside, min(MOST, seconds / alone))
         seconds /= 1 + self._neighbour[event.kind].extra * event.beside
-        fit.observe(features, seconds, 1 - (1 - CONTENDED[event.kind]) * event.beside)
+        weight = 1 - (1 - CONTENDED[event.kind]) * event.beside
+        fit.observe(features, seconds, weight)
         if regime == "together" and (lone := self._fits.get(("decode", event.model))) is not None:
             slower = min(MOST, max(1.0, seconds / max(lone(features), seconds / MOST)))
             self._slower += MEMORY * (slower - self._slower)
         if event.kind == "decode":
             apart = seconds / (self._slower if regime == "together" else 1.0)
-            self._common.observe(event.model, features, apart, 1 - (1 - CONTENDED["decode"]) * event.beside)
+            self._common.observe(event.model, features, apart, weight)
 
     def step(self, model: str, sequences: int, together: bool = False) -> float:
         """Seconds of a decode step of so many sequences of usual length, with nothing beside it, or with one
@@ -269,6 +273,11 @@ class Latency:
         Where that never was, it follows from what was seen of all models (`Common`); but it takes less than
         any other step, and not much less.
         """
+        if (lone := self._lone.get(model)) is None:
+            lone = self._lone[model] = self._fitted_lone_step(model)
+        return lone
+
+    def _fitted_lone_step(self, model: str) -> float:
         fitted = self._common(model, (1.0, 1.0, self._context.get(model, 0.0)))
         floor = self._floor.get(model, fitted)
         lone = max(SHORTEST, min(self._least.get(model, fitted), max(floor, fitted)))
