@@ -226,6 +226,34 @@ def test_a_tenant_that_floods_moves_the_others_first_tokens_little() -> None:
     assert ttft99(True) < 3 * ttft99(False)
 
 
+def test_who_waits_for_far_more_than_others_makes_it_crowded_at_once() -> None:
+    policy = taught(mux())
+    policy.observe(JobEnded("decode", "a", 20, 0.1, 10, tenants={"many": 10, "few": 10}))
+    world = World(policy, BLOCKS, {"a": SHAPE})
+    world.add("a", 20, 10, tenant="few")
+    for _ in range(30):
+        world.add("a", 20, 10, tenant="many")
+    world.decide()
+    world.advance(world.prefills[0])  # of the one request of the other, and nothing else
+    decisions = world.decide()
+    assert len(first_prefill(decisions)) == 1, "jobs of who makes it crowded are brief"
+
+
+def test_a_long_prompt_of_who_makes_it_crowded_comes_in_brief_jobs() -> None:
+    for much in (True, False):
+        policy = taught(mux())
+        policy.observe(
+            JobEnded("decode", "a", 1010, 0.1, 10, tenants={"much": 1000 if much else 10, "few": 10})
+        )
+        world = World(policy, BLOCKS, {"a": SHAPE})
+        world.add("a", 20, 10, tenant="few")
+        world.decide()
+        world.advance(world.prefills[0])
+        world.add("a", 200, 10, tenant="much")
+        chunks = [c for d in world.decide() if isinstance(d, PrefillJob) for c in d.chunks]
+        assert [(c.start, c.end) for c in chunks] == [(0, 32 if much else 200)]
+
+
 def test_prompts_of_others_do_not_stop_for_good_what_the_one_decodes_that_crowds() -> None:
     world = TimedWorld(taught(mux(), "m0"), BLOCKS, {"m0": SHAPE})
     crowd = [Arrival(0.01 * n, "m0", 20, 100, tenant="much") for n in range(20)]

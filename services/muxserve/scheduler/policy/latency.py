@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from muxserve.scheduler.policy.interface import JobEnded
 from muxserve.scheduler.policy.line import FORGET, Line
+from muxserve.scheduler.policy.pace import LEAST
 
 PRIOR = 0.02
 """Weight of the coefficients that are assumed at first, in observations."""
@@ -289,6 +290,13 @@ class Latency:
         """Seconds of a prefill job of so many tokens, with nothing beside it."""
         depth = min(tokens / 2, self._deepest.get(model, math.inf))
         return self._fit("prefill", model)((1.0, float(tokens), tokens * depth / 1e3))
+
+    def prompt(self, model: str, times: float) -> int:
+        """Tokens, without context, of a prefill job that takes so many times as long as one of a single
+        token, about; `pace.LEAST` at least."""
+        first = self.prefill(model, 1)
+        each = (self.prefill(model, LEAST) - first) / (LEAST - 1)
+        return max(LEAST, 1 + int((times - 1) * first / max(each, SHORTEST)))
 
     def alone(self, model: str, prompt: int, output: int) -> float:
         """Seconds of a whole request that has the device for itself."""

@@ -81,6 +81,8 @@ class Mux(Adbs):
         """In which all that decode do a step."""
         self._lost = False
         """Whether most of what waits will be late, whatever is done."""
+        self._brief: set[str] = set()
+        """Models of which only the ones that make it crowded have prompts."""
         self._urgent = False
         """Whether the prefill job that runs has the device for itself: somebody makes it crowded, and the
         first tokens of others are not to wait for what that one decodes."""
@@ -225,6 +227,7 @@ class Mux(Adbs):
         if not (self._options.slack or self._options.fairness):
             return super()._order(plan)
         keyed, rush = [], Rush()
+        self._brief.clear()
         for model in plan.models.values():
             if queue := plan.queue(model):
                 times = {w.sequence: (self._dues.waiting(model, w), self._dues.left(model, w)) for w in queue}
@@ -246,19 +249,11 @@ class Mux(Adbs):
 
     def _uncrowded(self, plan: Plan, model: ModelSnapshot, queue: list[Waiting]) -> list[Waiting]:
         """Those of the queue that may share a job while somebody makes it crowded: no job is made longer by
-        prompts of that one's, and one of them alone is short and not sent ahead, as others' may come. Those
-        that hold blocks must get on."""
-        if calm := [w for w in queue if w.open or not self._tenants.crowds(w.tenant)]:
+        prompts of that one's, and one of them alone is brief and not sent ahead, as others' may come."""
+        if calm := [w for w in queue if not self._tenants.crowds(w.tenant)]:
             return calm
-        if plan.prefilling:
-            return []
-        most = BRIEF * self._latency.prefill(model.model, 1)
-        tokens = 0
-        for count, waiting in enumerate(queue):
-            tokens += waiting.tokens - waiting.computed
-            if count and self._latency.prefill(model.model, tokens) > most:
-                return queue[:count]
-        return queue
+        self._brief.add(model.model)
+        return [] if plan.prefilling else queue
 
     def _gathered(
         self, plan: Plan, order: list[tuple[ModelSnapshot, list[Waiting]]]
@@ -347,7 +342,10 @@ class Mux(Adbs):
     def _budget(self, plan: Plan, model: ModelSnapshot) -> int:
         if not self._options.chunked or self._lost:
             return super()._budget(plan, model)
-        return self._pace.budget(model.model, self._options.turn_seconds)
+        budget = self._pace.budget(model.model, self._options.turn_seconds)
+        if model.model in self._brief:
+            return min(budget, self._latency.prompt(model.model, BRIEF))
+        return budget
 
     # Leases
 

@@ -6,11 +6,12 @@ those that wait, so that nobody saves up a right to crowd others out. Here that 
 request of a tenant that returns goes before those of one that was there all the time.
 
 Counters say whose turn it is; they do not say who makes it crowded. That is told from what each was served of
-late: see `Tenants.crowds`.
+late, and from who waits: see `Tenants.crowds`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from muxserve.scheduler.policy.interface import JobEnded, ModelSnapshot
@@ -25,6 +26,11 @@ HALF_LIFE = 20.0
 """Seconds in which half of what was served is forgotten, where it is asked who makes it crowded."""
 CROWD = 1.5
 """How many times as much as tenants had on average somebody has who makes it crowded."""
+QUEUE = 6
+"""Requests that somebody has waiting, and ..."""
+LONGEST = 2.0
+"""... how many times as many as anybody else, who makes it crowded right now: before it shows in what was
+served."""
 REBASE = 40
 """Half-lives after which what was served is counted from a new origin: numbers stay small."""
 
@@ -54,8 +60,9 @@ class Tenants:
     def look(self, models: Sequence[ModelSnapshot], now: float) -> None:
         """See who waits; lift those that did not before."""
         self._pass(now)
-        waiting = {w.tenant for m in models for w in m.waiting}
-        self._crowding = self._who_crowds(waiting, models)
+        queue = Counter(w.tenant for m in models for w in m.waiting)
+        waiting = set(queue)
+        self._crowding = self._who_crowds(queue, models)
         stayed = [self._counters[tenant] for tenant in waiting & self._waiting if tenant in self._counters]
         least = min(stayed) if stayed else self._last
         for tenant in waiting - self._waiting:
@@ -69,23 +76,27 @@ class Tenants:
 
     @property
     def crowded(self) -> bool:
-        """Whether somebody has much more than others who are there too."""
+        """Whether somebody has, or waits for, much more than others who are there too."""
         return bool(self._crowding)
 
     def crowds(self, tenant: str) -> bool:
         """Whether that is this one."""
         return tenant in self._crowding
 
-    def _who_crowds(self, waiting: set[str], models: Iterable[ModelSnapshot]) -> frozenset[str]:
+    def _who_crowds(self, queue: Counter[str], models: Iterable[ModelSnapshot]) -> frozenset[str]:
         """Of the tenants that wait or run. Nobody crowds without company."""
         if len(self._recent) < 2:
             return frozenset()
-        there = waiting | {r.tenant for m in models for r in m.running}
+        there = {r.tenant for m in models for r in m.running}.union(queue)
         if len(there) < 2:
             return frozenset()
         had = {tenant: self._recent.get(tenant, 0.0) for tenant in there}
         much = CROWD * sum(had.values()) / len(had)
-        return frozenset(tenant for tenant, tokens in had.items() if tokens > much)
+        crowding = {tenant for tenant, tokens in had.items() if tokens > much}
+        (first, most), (_, next_most) = [*queue.most_common(2), ("", 0), ("", 0)][:2]
+        if most >= QUEUE and most > LONGEST * next_most:
+            crowding.add(first)
+        return frozenset(crowding)
 
     def _pass(self, now: float) -> None:
         self._now = now
