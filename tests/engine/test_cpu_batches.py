@@ -1,5 +1,5 @@
 """A sequence's tokens and their probabilities are its own: to the bit the same alone and in any batch, by any
-number of threads, in leases of any length, whoever else leaves or is stopped."""
+number of threads, in leases of any length, whoever else leaves, joins or is stopped."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ class Bench:
     def prefill(self, wanted: Sequence[Asked], threads: int = 1) -> Texts:
         """In chunks, all together; the first token of each."""
         texts: Texts = {}
-        for s in wanted:
-            self.engine.tables.tokens[s.slot] = 0
-            self.engine.tables.tokens[s.slot, : len(s.prompt)] = s.prompt
+        self.know(wanted)
         for start in range(0, max(len(s.prompt) for s in wanted), CHUNK):
             chunks = []
             for s in wanted:
@@ -95,6 +93,26 @@ class Bench:
                     chunks.append(PrefillChunk(s.slot, start, end, s.limit, how))
             self.take(texts, self.engine.runner.run(PrefillJob(0, "m", tuple(chunks), SHARES[threads])))
         return texts
+
+    def join(self, wanted: Sequence[Asked], others: Sequence[Asked], threads: int) -> Texts:
+        """Three steps of a job that computes the last chunk of each prompt, beside others that decode."""
+        texts = self.prefill(others, threads) if others else {}
+        rows = list(self.rows(others, texts))
+        self.know(wanted)
+        for s in wanted:
+            start = (len(s.prompt) - 1) // CHUNK * CHUNK
+            for at in range(0, start, CHUNK):
+                chunk = PrefillChunk(s.slot, at, at + CHUNK, s.limit)
+                assert not list(self.engine.runner.run(PrefillJob(0, "m", (chunk,))))
+            rows.insert(len(rows) // 2, DecodeRow(s.slot, len(s.prompt), s.limit, s.sampling, start))
+        self.take(texts, self.engine.runner.run(DecodeJob(1, "m", tuple(rows), 3, SHARES[threads])))
+        return texts
+
+    def know(self, wanted: Sequence[Asked]) -> None:
+        """Have the prompts in the table."""
+        for s in wanted:
+            self.engine.tables.tokens[s.slot] = 0
+            self.engine.tables.tokens[s.slot, : len(s.prompt)] = s.prompt
 
     def decode(self, wanted: Sequence[Asked], texts: Texts, lease: int = NEW, threads: int = 1) -> Texts:
         """To their ends, in jobs of `lease` steps."""
@@ -168,6 +186,18 @@ def test_in_a_batch_and_leases_of_any_length(alone: Expected, threads: int, leas
     bench, wanted = alone.bench, alone.wanted
     order = random.Random(lease).sample(wanted, len(wanted))
     assert bench.decode(order, bench.prefill(order, threads), lease, threads) == alone.texts
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_prompts_that_begin_in_a_decode_job(alone: Expected, threads: int) -> None:
+    """Alone, with or without a part that was computed before; all together; and beside others that decode."""
+    bench, wanted = alone.bench, alone.wanted
+    for joining in ([s] for s in wanted):
+        texts = bench.join(joining, [], threads)
+        assert bench.decode(joining, texts, NEW, threads) == {s.slot: alone.texts[s.slot] for s in joining}
+    for joining in (wanted, wanted[::2], wanted[1::2], wanted[:1], wanted[-1:]):
+        texts = bench.join(joining, [s for s in wanted if s not in joining], threads)
+        assert bench.decode(wanted, texts, NEW, threads) == alone.texts
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -217,6 +217,7 @@ class Stream:
         share: float = 1.0,
         borrow: bool = True,
         exclusive: bool = False,
+        prompts: Iterable[int] = (),
     ) -> int:
         job = self._new_job()
         order = worker_pb2.DecodeJob(
@@ -227,6 +228,7 @@ class Stream:
             share=share,
             borrow=borrow,
             exclusive=exclusive,
+            prompts=prompts,
         )
         await self.say(decode=order)
         return job
@@ -234,8 +236,10 @@ class Stream:
     async def prefill(self, model: str, chunks: Mapping[int, tuple[int, int]]) -> JobResult:
         return await self.result(await self.start_prefill(model, chunks))
 
-    async def decode(self, model: str, numbers: Iterable[int], steps: int) -> JobResult:
-        return await self.result(await self.start_decode(model, numbers, steps))
+    async def decode(
+        self, model: str, numbers: Iterable[int], steps: int, prompts: Iterable[int] = ()
+    ) -> JobResult:
+        return await self.result(await self.start_decode(model, numbers, steps, prompts=prompts))
 
     async def first_step(self, job: int) -> JobResult:
         """Returns when the job's first tokens are there."""

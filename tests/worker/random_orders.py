@@ -45,7 +45,8 @@ async def _order(stream: Stream, chooser: random.Random, lengths: dict[int, int]
             chunks = {number: (0, lengths[number] - early) for number in some}
             jobs.append(await stream.start_prefill("llama", chunks, 0.5))
         case "decode":
-            jobs.append(await stream.start_decode("llama", some, chooser.choice([1, 8, 100]), 0.5))
+            steps, joining = chooser.choice([1, 8, 100]), chooser.choice([[], some[:2], some])
+            jobs.append(await stream.start_decode("llama", some, steps, 0.5, prompts=joining))
         case "end" if jobs:
             await stream.say(end_lease=worker_pb2.EndLease(job=chooser.choice(jobs)))
         case "close":

@@ -150,6 +150,7 @@ class BookMachine(RuleBasedStateMachine):
             model.tables.check_integrity()
             assert model.tables.free_slots == SLOTS
             assert model.open_sequences == 0
+            model.tables.close()
 
     def load(self, name: str) -> None:
         layout = LAYOUTS[name]
@@ -189,7 +190,7 @@ class BookMachine(RuleBasedStateMachine):
             for number in order.sequences:
                 self.asked.pop(number, None)
             return
-        total = 0
+        total = len(order.prompts) * CONTEXT if isinstance(order, DecodeOrder) else 0
         if isinstance(order, PrefillOrder):
             for chunk in order.chunks:
                 total += chunk.end - chunk.start
@@ -250,10 +251,18 @@ class BookMachine(RuleBasedStateMachine):
         model=st.sampled_from(sorted(LAYOUTS)), data=st.data(), steps=st.integers(1, 4), borrow=st.booleans()
     )
     def decode(self, model: str, data: st.DataObject, steps: int, borrow: bool) -> None:
-        if ready := self.ready(model, sampled=True):
+        prompts = self.ready(model, sampled=False) if data.draw(st.booleans()) else []
+        if ready := self.ready(model, sampled=True) + prompts:
             chosen = data.draw(st.lists(st.sampled_from(ready), min_size=1, max_size=4, unique=True))
-            order = DecodeOrder(next(self.numbers), model, tuple(chosen), steps, 0.5, borrow=borrow)
-            self.submit("decode", order)
+            self.submit_decode(model, chosen, prompts, steps, borrow)
+
+    def submit_decode(
+        self, model: str, chosen: list[int], prompts: list[int], steps: int, borrow: bool = True
+    ) -> None:
+        joining = frozenset(prompts) & frozenset(chosen)
+        number = next(self.numbers)
+        order = DecodeOrder(number, model, tuple(chosen), steps, 0.5, borrow=borrow, prompts=joining)
+        self.submit("decode", order)
 
     @rule(
         model=st.sampled_from(sorted(LAYOUTS)),
@@ -262,16 +271,24 @@ class BookMachine(RuleBasedStateMachine):
         part=st.integers(1, 30),
         last=st.sampled_from(["ok", "ok", "ok", "error", "not finite"]),
         keep=st.integers(0, 1),
+        join=st.booleans(),
     )
     def serve(
-        self, model: str, prompts: list[tuple[list[int], int]], steps: int, part: int, last: str, keep: int
+        self,
+        model: str,
+        prompts: list[tuple[list[int], int]],
+        steps: int,
+        part: int,
+        last: str,
+        keep: int,
+        join: bool,
     ) -> None:
         """What most sequences do, in one go, so that what is cached and what is found are common."""
         before = self.asked.keys() | set()
         for text, cut in prompts:
             self.open(model, text, cut, [2], 4)
         new = [number for number in self.asked if number not in before]
-        for end in (part, CONTEXT):
+        for end in (part,) if join else (part, CONTEXT):
             chunks = tuple(
                 Chunk(number, asked.ordered, min(end, len(asked.known)))
                 for number in new
@@ -283,10 +300,9 @@ class BookMachine(RuleBasedStateMachine):
                 self.submit("prefill", PrefillOrder(next(self.numbers), model, chunks, 0.5, True))
             while self.executors["prefill"].job is not None:
                 self.finish("prefill")
-        if steps and (going := [n for n in self.ready(model, sampled=True) if n in new]):
-            self.submit(
-                "decode", DecodeOrder(next(self.numbers), model, tuple(going), steps, 0.5, borrow=True)
-            )
+        joining = [n for n in self.ready(model, sampled=False) if n in new] if join else []
+        if steps and (going := [n for n in self.ready(model, sampled=True) if n in new] + joining):
+            self.submit_decode(model, going, joining, steps)
             while running := [kind for kind in ("decode", "second") if self.executors[kind].job is not None]:
                 self.finish(running[0], last)
         gone = [number for number in new if number in self.asked][keep:]
@@ -310,16 +326,17 @@ class BookMachine(RuleBasedStateMachine):
     def load_again(self, model: str) -> None:
         if self.models[model].open_sequences == 0:
             self.pool.unregister(model)
+            self.models[model].tables.close()
             self.load(model)
 
     # What executors do
 
     @rule(
         kind=st.sampled_from(["prefill", "prefill", "decode", "second"]),
-        outcome=st.sampled_from(["ok", "ok", "ok", "ok", "error", "lost", "not finite"]),
+        outcome=st.sampled_from(["ok", "ok", "ok", "ok", "stopped", "error", "lost", "not finite"]),
     )
     def finish(self, kind: str, outcome: str = "ok") -> None:
-        """The job that runs, if one does, ends."""
+        """The job that runs, if one does, ends; one that decodes and is stopped before its first step."""
         executor, lane = self.executors[kind], self.lanes[kind]
         if (job := executor.job) is None:
             return
@@ -340,17 +357,21 @@ class BookMachine(RuleBasedStateMachine):
         for chunk in job.chunks:
             self.compute(job.model, chunk.slot, chunk.start, chunk.end)
         ends = [(chunk.slot, chunk.end, chunk.limit) for chunk in job.chunks if chunk.sampling is not None]
-        if ends and outcome in ("ok", "not finite"):
+        if ends and outcome in ("ok", "stopped", "not finite"):
             lane.on_report(self.sample(job.job, job.model, ends, outcome == "not finite"))
 
     def run_decode(self, job: DecodeJob, lane: Lane, outcome: str) -> None:
+        if outcome == "stopped":
+            return
         rows = [(row.slot, row.length, row.limit) for row in job.rows]
+        starts = {row.slot: row.start for row in job.rows if row.start >= 0}
         for step in range(job.steps):
             for slot, length, _ in rows:
-                self.compute(job.model, slot, length - 1, length)
+                self.compute(job.model, slot, starts.pop(slot, length - 1), length)
             if outcome in ("error", "lost") and step == 1:
                 return
-            told = self.sample(job.job, job.model, rows, outcome == "not finite" and step == 1)
+            fails = outcome == "not finite" and step == min(1, job.steps - 1)
+            told = self.sample(job.job, job.model, rows, fails)
             lane.on_report(told)
             rows = [(s, n + 1, limit) for s, n, limit in rows if n + 1 < limit and s not in told.failed]
             if not rows:

@@ -36,6 +36,7 @@ async def test_a_model_comes_speaks_and_goes(gpu: MakeDevice, fake: FakeRuntime,
         info = await harness.info()
         assert (info.device, info.partition, info.compute_units) == ("fake GPU", "green_contexts", 132)
         assert [executor.kind for executor in info.executors] == ["both"]
+        assert not info.prompts_join
         empty, _ = fake.memGetInfo()
         assert empty == 60 * MIB
         assert info.weight_budget_bytes == int(0.9 * empty)

@@ -161,6 +161,61 @@ async def test_a_stop_token_finishes_a_row_and_the_others_go_on(worker: Harness)
         assert (await stream.decode("llama", numbers, 1)).refused == dict.fromkeys(numbers, "NOT_OPEN")
 
 
+async def test_prompts_that_join_a_decode_job_give_what_each_gives_alone(
+    worker: Harness, llama: Path
+) -> None:
+    assert (await worker.info()).prompts_join
+    asked = prompts(9, 40, 30, 100, 1, 12, seed=21)
+    new = [NEW, NEW, NEW, NEW, NEW, 1]
+    async with worker.stream() as stream:
+        numbers = [await stream.open("llama", prompt, n) for prompt, n in zip(asked, new, strict=True)]
+        before = await stream.prefill("llama", {numbers[0]: (0, 9), numbers[1]: (0, 40)})
+        assert not (await stream.prefill("llama", {numbers[2]: (0, 20)})).tokens
+        # One that is computed is a row like any other, whatever it is called.
+        joined = await stream.decode("llama", numbers, 3, prompts=numbers[1:])
+        assert not joined.refused
+        # What finishes goes first.
+        assert [list(step.positions) for step in joined.steps[:2]] == [[12], [10, 41, 30, 100, 1]]
+        rest = await stream.decode("llama", numbers[:5], NEW)
+    texts = [
+        before.tokens.get(number, []) + joined.tokens[number] + rest.tokens.get(number, [])
+        for number in numbers
+    ]
+    alone = expected(llama, "float32", asked)
+    assert texts == [text[:n] for text, n in zip(alone, new, strict=True)]
+
+
+async def test_a_prompt_that_was_not_said_to_join_is_refused_alone(worker: Harness) -> None:
+    asked = prompts(20, 21, 22, seed=22)
+    async with worker.stream() as stream:
+        numbers = [await stream.open("llama", prompt, 4) for prompt in asked]
+        result = await stream.decode("llama", numbers, 2, prompts=numbers[1:])
+        assert result.refused == {numbers[0]: "NOT_OPEN"}
+        assert "decode before its prompt is computed" in result.done.error
+        assert {n: len(tokens) for n, tokens in result.tokens.items()} == dict.fromkeys(numbers[1:], 2)
+
+
+async def test_a_prompt_whose_job_has_no_step_is_computed_by_the_next_one(
+    worker: Harness, llama: Path
+) -> None:
+    asked = prompts(5, 60, seed=23)
+    async with worker.stream() as stream:
+        running, late = [await stream.open("llama", prompt, 400) for prompt in asked]
+        await stream.prefill("llama", {running: (0, 5)})
+        await stream.prefill("llama", {late: (0, 16)})
+        job = await stream.start_decode("llama", [running], 350)
+        await stream.first_step(job)
+        waiting = await stream.start_decode("llama", [late], 8, prompts=[late])
+        await stream.say(end_lease=worker_pb2.EndLease(job=waiting))
+        ended = await stream.result(waiting)
+        assert (ended.outcome, ended.done.steps, ended.refused) == ("OK", 0, {})
+        await stream.say(end_lease=worker_pb2.EndLease(job=job))
+        await stream.result(job)
+        first = await stream.prefill("llama", {late: (16, 60)})
+        rest = await stream.decode("llama", [late], NEW - 1)
+    assert first.tokens[late] + rest.tokens[late] == expected(llama, "float32", asked[1:])[0]
+
+
 async def test_positions_and_logprobs_come_with_each_token(worker: Harness) -> None:
     [prompt] = prompts(9)
     async with worker.stream() as stream:

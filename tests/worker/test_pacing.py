@@ -26,9 +26,16 @@ class Decoder:
         self.steps: dict[int, int] = {}
 
     def order(
-        self, job: int, sequences: tuple[int, ...], steps: int, lead: int = 0, model: str = "m"
+        self,
+        job: int,
+        sequences: tuple[int, ...],
+        steps: int,
+        lead: int = 0,
+        model: str = "m",
+        prompts: tuple[int, ...] = (),
     ) -> None:
-        self.pacer.ordered(DecodeOrder(job, model, sequences, steps, 1.0, lead))
+        order = DecodeOrder(job, model, sequences, steps, 1.0, lead, prompts=frozenset(prompts))
+        self.pacer.ordered(order)
 
     async def step(
         self,
@@ -142,6 +149,33 @@ async def test_logprobs_and_tokens_of_prompts_do_not_wait_and_order_is_kept() ->
     assert decoder.tokens() == [{900: [5]}], "job 2 is no decode job"
 
 
+async def test_first_tokens_of_prompts_go_at_once_with_all_that_is_held() -> None:
+    decoder, many = await first_of_two_leases(3)
+    decoder.order(3, (*many, 900), 8, prompts=(900,))
+    for _ in range(3):
+        await decoder.step(2, many)
+    decoder.end(2)
+    assert decoder.tokens() == [], "job 3 follows"
+    await decoder.step(3, (*many, 900))
+    kinds = [each.job if isinstance(each, Ended) else each.runs[3].tokens for each in decoder.sent]
+    assert kinds == [[6, 7], 1, [8, 9, 10], 2, [11]]
+    last = decoder.sent[-1]
+    assert isinstance(last, Progress) and last.runs[900].tokens == [5]
+    decoder.sent.clear()
+    await decoder.step(3, (*many, 900))
+    assert decoder.sent == [], "its next ones wait like all others"
+
+
+async def test_a_prompt_that_took_no_part_has_nothing_sent_at_once() -> None:
+    decoder, many = Decoder(LONG), tuple(range(200))
+    decoder.order(1, many, 8)
+    decoder.order(2, many, 8, prompts=(900,))
+    await decoder.step(1, many)
+    decoder.sent.clear()
+    await decoder.step(2, many)
+    assert decoder.sent == []
+
+
 async def first_of_two_leases(steps: int) -> tuple[Decoder, tuple[int, ...]]:
     """Two leases of many sequences, so many steps each; the first has ended, what it sent was taken."""
     decoder, many = Decoder(LONG), tuple(range(200))
@@ -213,7 +247,7 @@ class Lane:
         if which < len(self.leases):
             size, steps, lead = self.leases[which]
             batch = tuple(sorted(self.alive))[: 8 * size]
-            decoder.order(self.first_job + which, batch, steps, lead, self.model)
+            decoder.order(self.first_job + which, batch, steps, lead, self.model, batch[: lead // 2])
 
     async def play(self, decoder: Decoder, data: st.DataObject) -> AsyncIterator[None]:
         self.order(decoder, 0)

@@ -110,6 +110,35 @@ async def test_kv_and_text_are_the_same_bit_for_bit_with_and_without(
     assert cached == 3 * each
 
 
+@pytest.mark.parametrize("model", ["llama", "qwen"])
+async def test_prompts_that_join_a_decode_job_find_what_is_known_and_are_found(
+    warm: Harness, cold: Harness, model: str
+) -> None:
+    """Two join whose beginning is known, later a third to which they are the same."""
+    shared = random_tokens(3 * SPAN[model], seed=31)
+    asked = [shared + random_tokens(n * SPAN[model] + 3, seed=32 + n) for n in (0, 2)]
+    asked.append(asked[1] + random_tokens(2, seed=35))
+    texts, kv, cached = [], [], []
+    for harness in (cold, warm):
+        async with harness.stream() as stream:
+            before = counts(await harness.info(), model)
+            await stream.generate(model, [[*shared, 3]], NEW)
+            one, two, three = [await stream.open(model, prompt, NEW) for prompt in asked]
+            first = await stream.decode(model, [one, two], 4, prompts=[one, two])
+            kv.append([kv_bits(harness, number) for number in (one, two)])
+            later = await stream.decode(model, [one, two, three], NEW, prompts=[three])
+            texts.append([first.tokens.get(n, []) + later.tokens[n] for n in (one, two, three)])
+            cached.append([first.done.cached_tokens, later.done.cached_tokens])
+            after = counts(await harness.info(), model)
+            assert after.prefix_query_tokens - before.prefix_query_tokens == sum(
+                len(each) for each in [[*shared, 3], *asked]
+            )
+            assert after.prefix_hit_tokens - before.prefix_hit_tokens == sum(cached[-1])
+    assert texts[0] == texts[1]
+    assert kv[0] == kv[1]
+    assert cached == [[0, 0], [6 * SPAN[model], 5 * SPAN[model]]]
+
+
 async def test_chunks_of_any_size_find_what_is_known(warm: Harness, cold: Harness) -> None:
     shared = random_tokens(200, seed=3)
     asked = [shared + random_tokens(n, seed=n) for n in (9, 50)]

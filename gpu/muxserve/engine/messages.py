@@ -112,13 +112,16 @@ class PrefillJob(msgspec.Struct, frozen=True, tag=True):
     """Seconds before its end when `NearsEnd` is to tell of it, if the runner can. 0: never."""
 
 
-class DecodeRow(msgspec.Struct, frozen=True):
-    """`length` tokens of `slot` are known, KV of `length - 1` of them is written."""
+class DecodeRow(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`length` tokens of `slot` are known, KV of `length - 1` of them, or of fewer, is written."""
 
     slot: int
     length: int
     limit: int
     sampling: Sampling
+    start: int = -1
+    """The first token whose KV is not written: it is computed with those after it in the first step, in the
+    same pass as the other rows. -1: the last known one alone. A GPU takes nothing else."""
 
 
 class DecodeJob(msgspec.Struct, frozen=True, tag=True):

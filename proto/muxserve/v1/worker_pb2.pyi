@@ -164,6 +164,7 @@ class WorkerInfo(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     EXECUTORS_FIELD_NUMBER: _builtins.int
     WEIGHT_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    PROMPTS_JOIN_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Its id: stable over restarts."""
     incarnation: _builtins.str
@@ -176,6 +177,8 @@ class WorkerInfo(_message.Message):
     """How compute shares are made: "threads", "mps", "green_contexts", "none"."""
     weight_budget_bytes: _builtins.int
     """Bytes that weights may take in all. 0: no limit of its own."""
+    prompts_join: _builtins.bool
+    """Whether a decode job may have `prompts`."""
     @_builtins.property
     def pool(self) -> Global___PoolState:
         """The arena and its blocks."""
@@ -200,10 +203,11 @@ class WorkerInfo(_message.Message):
         models: _abc.Iterable[Global___LoadedModel] | None = ...,
         executors: _abc.Iterable[Global___ExecutorInfo] | None = ...,
         weight_budget_bytes: _builtins.int = ...,
+        prompts_join: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_units", b"compute_units", "device", b"device", "executors", b"executors", "incarnation", b"incarnation", "models", b"models", "partition", b"partition", "pool", b"pool", "weight_budget_bytes", b"weight_budget_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_units", b"compute_units", "device", b"device", "executors", b"executors", "incarnation", b"incarnation", "models", b"models", "partition", b"partition", "pool", b"pool", "prompts_join", b"prompts_join", "weight_budget_bytes", b"weight_budget_bytes", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,7 +314,7 @@ class ModelBlocks(_message.Message):
     cached_blocks: _builtins.int
     """Held by no sequence but caching prefixes of this model."""
     prefix_query_tokens: _builtins.int
-    """Tokens of the chunks for which the prefix cache was asked, since the model was loaded."""
+    """Tokens of the chunks and prompts for which the prefix cache was asked, since the model was loaded."""
     prefix_hit_tokens: _builtins.int
     """How many of them were found there."""
     def __init__(
@@ -794,6 +798,7 @@ class DecodeJob(_message.Message):
     LEAD_FIELD_NUMBER: _builtins.int
     BORROW_FIELD_NUMBER: _builtins.int
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """Its number."""
     model: _builtins.str
@@ -816,6 +821,14 @@ class DecodeJob(_message.Message):
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The batch."""
 
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of `sequences` whose known tokens need not all be computed: what is left of them, the prefix cache asked, is
+        computed in the job's first step, in the same pass over the weights as the others' tokens, and the next token is
+        sampled; from then on they decode with the others. Whoever takes no part in a first step, because the job was ended
+        before it, stands where it stood. Only where WorkerInfo says prompts_join; elsewhere the job fails.
+        """
+
     def __init__(
         self,
         *,
@@ -827,10 +840,11 @@ class DecodeJob(_message.Message):
         lead: _builtins.int = ...,
         borrow: _builtins.bool = ...,
         exclusive: _builtins.bool = ...,
+        prompts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrow", b"borrow", "exclusive", b"exclusive", "job", b"job", "lead", b"lead", "model", b"model", "sequences", b"sequences", "share", b"share", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrow", b"borrow", "exclusive", b"exclusive", "job", b"job", "lead", b"lead", "model", b"model", "prompts", b"prompts", "sequences", b"sequences", "share", b"share", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1149,8 +1163,8 @@ class JobDone(_message.Message):
     available_blocks: _builtins.int
     """Blocks free after it, cached ones included."""
     cached_tokens: _builtins.int
-    """Prompt tokens of a prefill job's chunks whose KV was found in the prefix cache, so that they were not computed. 0 for
-    a decode job.
+    """Tokens of a prefill job's chunks, or of a decode job's prompts, whose KV was found in the prefix cache, so that they
+    were not computed.
     """
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]:

@@ -105,6 +105,7 @@ def decode_order(message: worker_pb2.DecodeJob) -> DecodeOrder:
         message.lead,
         message.borrow,
         message.exclusive,
+        frozenset(message.prompts),
     )
 
 
@@ -173,6 +174,7 @@ def worker_info(worker: Worker) -> worker_pb2.WorkerInfo:
         models=[_loaded(model) for model in worker.models.loaded],
         executors=[_executor(executor) for executor in worker.lanes.executors],
         weight_budget_bytes=worker.weights.budget,
+        prompts_join=worker.settings.device == "cpu",
     )
 
 

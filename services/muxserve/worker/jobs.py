@@ -31,6 +31,8 @@ class Plan:
     """What a scheduler should not have asked for."""
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache had."""
+    prompts: set[int] = field(default_factory=set)
+    """Slots of a decode job whose prompts its first step computes."""
 
 
 def plan(order: Order, job: int, book: SequenceBook) -> Plan:
@@ -101,14 +103,26 @@ def _row(number: int, order: DecodeOrder, book: SequenceBook, made: Plan) -> Dec
     sequence = _candidate(number, order.model, book, made)
     if sequence is None:
         return None
-    if sequence.computed != sequence.known - 1:
+    last = sequence.known - 1
+    joins = number in order.prompts and sequence.computed < last
+    if sequence.computed != last and not joins:
         _reject(sequence, "decode before its prompt is computed", book, made)
         return None
-    # The last token of a sequence is sampled at position limit - 1 and its KV never written.
-    tokens = min(sequence.computed + order.steps, sequence.limit - 1)
-    if not _seat(sequence, book, made) or not _admit(sequence, tokens, order, book, made):
+    if not _seat(sequence, book, made):
         return None
-    return DecodeRow(sequence.slot, sequence.known, sequence.limit, sequence.sampling)
+    if joins:
+        book.prefixes.take(sequence, sequence.known, borrow=order.borrow)
+    # The last token of a sequence is sampled at position limit - 1 and its KV never written.
+    tokens = min(last + order.steps, sequence.limit - 1)
+    if not _admit(sequence, tokens, order, book, made):
+        return None
+    if not joins:
+        return DecodeRow(sequence.slot, sequence.known, sequence.limit, sequence.sampling)
+    cached = sequence.computed - sequence.ordered
+    made.cached_tokens += cached
+    book.count(sequence, sequence.known - sequence.ordered, cached)
+    made.prompts.add(sequence.slot)
+    return DecodeRow(sequence.slot, sequence.known, sequence.limit, sequence.sampling, sequence.computed)
 
 
 def _candidate(number: int, model: str, book: SequenceBook, made: Plan) -> Sequence | None:

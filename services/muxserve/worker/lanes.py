@@ -177,6 +177,12 @@ class Lane:
             sequence.finished = finished != UNFINISHED
             if decoding:
                 sequence.ordered = sequence.computed = position
+        if running.plan.prompts:
+            # Steps after the first compute nothing that is published.
+            for slot, sequence in zip(step.slots, sequences, strict=True):
+                if slot in running.plan.prompts:
+                    running.owner.book.prefixes.publish(sequence)
+            running.plan.prompts.clear()
         numbers = tuple(sequence.number for sequence in sequences)
         if numbers:
             running.owner.send(Tokens(running.order.job, numbers, step))

@@ -64,6 +64,8 @@ class DecodeOrder:
     """As in `PrefillOrder`."""
     exclusive: bool = False
     """Whether no other decode job may run beside it."""
+    prompts: frozenset[int] = frozenset()
+    """Those of `sequences` of whose known tokens the first step computes what is left."""
 
 
 Order = PrefillOrder | DecodeOrder

@@ -95,9 +95,10 @@ class Pacer:
     time.
 
     So the tokens of a lone sequence never wait. Nor do the tokens of a prefill job, those that finish a
-    sequence, and log-probabilities; and when a job ends without another one that follows it, nothing is held
-    back. When `lead` steps of a job are left that is told at once, with its tokens or without. Order is kept
-    for each sequence, and a job's end comes after all of its tokens.
+    sequence, and log-probabilities. When a step brings the first token of one of its job's prompts, or a job
+    ends without another one that follows it, nothing is held back. When `lead` steps of a job are left that
+    is told at once, with its tokens or without. Order is kept for each sequence, and a job's end comes after
+    all of its tokens.
     """
 
     def __init__(self, longest: float, send: Callable[[Progress | Ended], None]) -> None:
@@ -133,6 +134,8 @@ class Pacer:
             return
         self._holding(tokens.job).add(tokens, lease.steps)
         self._at_once |= len(tokens.sequences) == 1
+        if lease.steps == 1:
+            self._at_once |= not lease.order.prompts.isdisjoint(tokens.sequences)
         if lease.left and lease.left == lease.order.lead:
             self._lead = Progress(tokens.job, lease.steps)
         if any(tokens.step.finished):

@@ -276,6 +276,15 @@ def test_a_row_outside_of_the_tables_is_refused_before_anything_is_done(both: Bo
     both.decode(rows_of(), 2)
 
 
+def test_a_row_whose_prompt_is_not_computed_is_refused_before_anything_is_done(both: Both) -> None:
+    both.prompts()
+    both.prefill(chunks_of())
+    first, *others = rows_of()
+    with pytest.raises(JobError, match="computes no prompts"):
+        both.gpu.decode([structs.replace(first, start=0), *others], 4)
+    both.decode([structs.replace(first, start=first.length - 1), *others], 2)
+
+
 def test_what_a_job_gets_wrong_is_told_by_type(both: Both) -> None:
     both.prompts()
     with pytest.raises(JobError, match="no such slot or position"):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from muxserve.engine.cpu.library import ABSENT, NO_BLOCK, NO_TOKEN, NOT_FINITE, PARTS, SAMPLING, Job
 from muxserve.engine.cpu.model import NativeModel
 from muxserve.engine.errors import JobError, UnallocatedBlockError
-from muxserve.engine.messages import DecodeJob, PrefillJob, Sampling, Shares, Step, TokenLogprobs
+from muxserve.engine.messages import DecodeJob, DecodeRow, PrefillJob, Sampling, Shares, Step, TokenLogprobs
 from muxserve.engine.shares import split_cores
 
 Array = NDArray[Any]
@@ -41,7 +41,7 @@ class NativeJob:
             wanted = [c.sampling for c in message.chunks]
             steps = 1
         else:
-            rows = [(r.slot, r.length - 1, r.length, r.limit) for r in message.rows]
+            rows = [(r.slot, _start(r), r.length, r.limit) for r in message.rows]
             wanted = [r.sampling for r in message.rows]
             steps = message.steps
         # One column after another: each is an array of its own to the library.
@@ -172,6 +172,11 @@ class NativeJob:
                 else None
             )
         return tuple(found)
+
+
+def _start(row: DecodeRow) -> int:
+    """The first token that the row's first step computes."""
+    return row.length - 1 if row.start == -1 else row.start
 
 
 _GREEDY = Sampling(temperature=0.0)

@@ -17,6 +17,7 @@ from muxserve.engine.cuda.job import CudaJob
 from muxserve.engine.cuda.model import CudaModel
 from muxserve.engine.cuda.placing import Placing
 from muxserve.engine.cuda.sampling import Reading, Rows, RowShape, Sampled, most_logprobs, to_step
+from muxserve.engine.errors import JobError
 from muxserve.engine.kernels.interface import KVCache, RaggedBatch
 from muxserve.engine.kernels.triton.kernels import TritonKernels
 from muxserve.engine.kernels.triton.language import next_power_of_2
@@ -54,6 +55,8 @@ class Decoding:
         assert isinstance(message, DecodeJob)
         if not message.rows or not message.steps:
             return
+        if any(row.start not in (-1, row.length - 1) for row in message.rows):
+            raise JobError("a decode job on a GPU computes no prompts")
         wanted = [row.sampling for row in message.rows]
         slots, lengths, limits = np.array(
             [(row.slot, row.length, row.limit) for row in message.rows], dtype=np.int64
