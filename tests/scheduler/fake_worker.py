@@ -64,6 +64,10 @@ class OpenSequence:
     finished: bool = False
     closing: bool = False
 
+    @property
+    def decodes(self) -> bool:
+        return self.computed == len(self.tokens) - 1
+
 
 @dataclass
 class Stream:
@@ -194,6 +198,7 @@ class Stream:
                 refused.append(worker_pb2.Refusal(sequence=number, reason=reason))
             else:
                 batch.append(number)
+                assert number in job.prompts or self.sequences[number].decodes
         steps = 0
         while batch and steps < job.steps and job.job not in self.ending:
             await self.worker.pace("decode", len(batch))
@@ -201,8 +206,7 @@ class Stream:
                 return
             for number in batch:
                 sequence = self.sequences[number]
-                assert sequence.computed == len(sequence.tokens) - 1
-                sequence.computed += 1
+                sequence.computed = len(sequence.tokens)
                 layout = self.worker.shapes[job.model]
                 assert sequence.computed <= sequence.groups * layout.tokens_per_block
             steps += 1
@@ -212,8 +216,9 @@ class Stream:
                 self.leave(number, busy=False)
         for number in batch:
             self.leave(number, busy=False)
-        if steps == job.steps:
-            self.worker.followed.append(bool(self.lanes["decode"]))
+        ends = self.worker.followed if steps == job.steps else self.worker.cut_short
+        if batch or steps == job.steps:
+            ends.append(bool(self.lanes["decode"]))
         self.done(job.job, refused=refused, steps=steps, seconds=0.001 * steps)
 
     def step(self, job: int, numbers: Sequence[int], steps: int = 1) -> None:
@@ -263,6 +268,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.jobs: list[Any] = []
         self.followed: list[bool] = []
         """Whether another decode job waited when one had run to its end."""
+        self.cut_short: list[bool] = []
+        """The same when the lease was ended."""
         self.prefills_followed: list[bool] = []
         """The same of prefill jobs."""
         self.peak = 0
@@ -311,6 +318,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             device="cpu",
             compute_units=2,
             pool=worker_pb2.PoolState(total_blocks=self.blocks, free_blocks=self.available),
+            prompts_join=True,
             models=[worker_pb2.LoadedModel(model=name, shape=one) for name, one in self.shapes.items()],
         )
 

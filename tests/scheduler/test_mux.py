@@ -12,6 +12,7 @@ from muxserve.scheduler.policy.interface import (
     AskAgain,
     Decision,
     DecodeJob,
+    EndLease,
     Finished,
     JobEnded,
     Policy,
@@ -98,6 +99,77 @@ def test_short_prompts_wait_for_others_while_something_decodes() -> None:
             other = world.add("a", 10, 5)
             world.now = again
             assert sorted(first_prefill(world.decide())) == [late.number, other.number]
+
+
+def joining(**options: bool) -> World:
+    """Something decodes in it, and decode jobs can have prompts."""
+    policy = taught(mux(**options))
+    for tokens in (1, 10, 200) * 20:  # a job takes 50 ms, whatever it computes
+        policy.observe(JobEnded("prefill", "a", tokens, 0.05 + 0.0001 * tokens))
+    world = World(policy, BLOCKS, {"a": SHAPE}, joins=True)
+    world.add("a", 10, 100)
+    world.decide()
+    world.advance(world.prefills[0])
+    world.decide()
+    [lease] = world.jobs.values()
+    world.advance(lease)
+    return world
+
+
+def leases(decisions: list[Decision]) -> list[DecodeJob]:
+    return [d for d in decisions if isinstance(d, DecodeJob)]
+
+
+def test_a_short_prompt_goes_along_with_what_decodes_of_its_model() -> None:
+    for gather in (True, False):
+        world = joining(gather=gather)
+        short = world.add("a", 10, 5)
+        decisions = world.decide()
+        ended = [d for d in decisions if isinstance(d, EndLease)]
+        if not gather:
+            assert first_prefill(decisions) == [short.number] and not ended
+            continue
+        assert not first_prefill(decisions) and len(ended) == 1, "the next lease can have it"
+        [lease] = leases(world.decide())
+        assert [(c.sequence, c.start, c.end) for c in lease.prompts] == [(short.number, 0, 10)]
+        before, after = world.jobs.values()
+        world.advance(before)
+        world.advance(after)
+        assert (short.emitted, short.running, after.steps) == (1, True, 1)
+
+
+def test_a_long_prompt_or_one_with_a_target_has_a_job_of_its_own() -> None:
+    world = joining()
+    long = world.add("a", 5000, 5)
+    assert first_prefill(world.decide()) == [long.number]
+    world = joining()
+    world.shapes["a"] = replace(SHAPE, ttft=0.5)
+    due = world.add("a", 10, 5)
+    assert first_prefill(world.decide()) == [due.number]
+    world = joining()
+    world.shapes["a"] = replace(SHAPE, tpot=0.05)
+    paced = world.add("a", 10, 5)
+    assert first_prefill(world.decide()) == [paced.number], "nobody's next token is to be late"
+
+
+def test_a_prompt_that_no_lease_takes_along_is_computed_in_time() -> None:
+    world = joining()
+    late = world.add("a", 10, 5)
+    world.decide()  # ends the lease
+    world.now = world.ask_at if world.ask_at < math.inf else world.now + 1
+    world.jobs.clear()
+    for request in world.requests.values():
+        request.jobs.clear()
+    world.requests[1].computed = 0  # it was lost: nothing decodes
+    assert late.number in first_prefill(world.decide())
+
+
+def test_steps_are_told_apart_from_the_prompts_that_they_computed() -> None:
+    latency = taught(mux(), "m0")._latency  # type: ignore[attr-defined]
+    alone = latency.step("m0", 1)
+    for _ in range(40):  # a prompt of 50 tokens takes 50 ms of it
+        latency.observe(JobEnded("decode", "m0", 8, 0.13, 8, 100, prompts={"": 50}))
+    assert latency.step("m0", 1) == pytest.approx(alone, rel=0.1)
 
 
 def test_a_target_for_the_first_token_says_when_a_prompt_is_due() -> None:

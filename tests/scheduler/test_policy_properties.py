@@ -77,13 +77,15 @@ def run(
 ) -> World:
     """Play a load in random order of events until all is done; asserts that it ends."""
     shapes = {f"m{index}": shape for index, shape in enumerate(shape_list)}
-    due = sorted((at, f"m{which % len(shapes)}", prompt, output) for which, prompt, output, at in load)
+    joins = seed // 2 % 2 > 0
+    tick = 0.01 if joins else 1.0  # some hundredths are what prompts wait for a lease
+    due = sorted((at * tick, f"m{which % len(shapes)}", prompt, output) for which, prompt, output, at in load)
     largest = max(
         -(-(prompt + output) // shapes[model].tokens_per_block) * shapes[model].blocks_per_span
         for _, model, prompt, output in due
     )
-    # How many decode jobs may run side by side is of no consequence to any of this.
-    world = World(create(name, OPTIONS), int(largest * room), shapes, decode_lanes=1 + seed % 2)
+    # How many decode jobs may run side by side is of no consequence to any of this, nor what they may have.
+    world = World(create(name, OPTIONS), int(largest * room), shapes, decode_lanes=1 + seed % 2, joins=joins)
     order = random.Random(seed)
     budget = 40 * sum(prompt + output for _, _, prompt, output in due) * len(due) + 200
     while due or world.requests:
@@ -100,7 +102,7 @@ def run(
             else:
                 world.advance(job)
             world.check()
-            world.now += 1
+            world.now += tick
         else:
             world.now = min(world.ask_at, due[0][0] if due else world.now + 1)
         budget -= 1

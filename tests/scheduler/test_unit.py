@@ -64,6 +64,27 @@ async def test_the_next_lease_is_at_the_worker_before_one_ends(setting: Setting,
     assert len(worker.followed) > late
 
 
+async def test_a_lease_that_ends_for_somebody_who_joins_is_followed_at_once(setting: Setting) -> None:
+    worker = await setting.worker(400, {"a": shape()}, seconds=0.02)
+    await setting.place(worker)
+    running = await setting.scheduler(lease_steps=32)
+    gateway = await setting.gateway(running.address)
+    first = await gateway.ask("a", [1, 2, 3], 60)
+    await first.reach(3)
+    others = [await gateway.ask("a", [4, number], 20) for number in range(2)]
+    async with asyncio.timeout(15):
+        for client in (first, *others):
+            await client.done.wait()
+    assert first.tokens == completion([1, 2, 3], 60)
+    assert others[0].tokens == completion([4, 0], 20)
+    joined = [job for job in worker.jobs if isinstance(job, worker_pb2.DecodeJob) and job.prompts]
+    assert joined, "short prompts go along with what decodes"
+    assert worker.cut_short and all(worker.cut_short), "the next lease was there"
+    assert all(not job.prompts or set(job.prompts) < set(job.sequences) for job in joined)
+    assert (await running.status()).models[0].prefill_tokens == 3 + 2 + 2
+    await eventually(lambda: worker.available == 400)
+
+
 @pytest.mark.parametrize("policy", ["mux", "adbs", "fcfs", "round_robin"])
 async def test_the_next_prompt_is_at_the_worker_before_one_is_computed(setting: Setting, policy: str) -> None:
     worker = await setting.worker(400, {"a": shape(), "b": shape()}, seconds=0.02)

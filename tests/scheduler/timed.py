@@ -70,8 +70,8 @@ class Lane:
 class TimedWorld(World):
     """Plays arrivals in simulated time. The policy is asked a trip after something has happened."""
 
-    def __init__(self, policy: Policy, total: int, shapes: dict[str, Shape]) -> None:
-        super().__init__(policy, total, shapes, lead=4)
+    def __init__(self, policy: Policy, total: int, shapes: dict[str, Shape], joins: bool = False) -> None:
+        super().__init__(policy, total, shapes, lead=4, joins=joins)
         self.lanes: dict[Kind, Lane] = {"prefill": Lane(), "decode": Lane()}
         self.due: list[float] = []
         self.busy = 0.0
@@ -143,7 +143,8 @@ class TimedWorld(World):
     def _seconds(self, job: Job) -> float:
         if isinstance(job.what, PrefillJob):
             return JOB + PREFILL * sum(chunk.end - chunk.start for chunk in job.what.chunks)
-        return step_seconds(len(job.members)) if job.members else 0.0
+        prompts = sum(request.tokens - request.computed for request in job.members if request.joining)
+        return step_seconds(len(job.members)) + PREFILL * prompts if job.members else 0.0
 
     def _step(self, lane: Lane) -> None:
         """A step or a prefill job has ended."""
@@ -181,8 +182,10 @@ class TimedWorld(World):
             if not job.steps:
                 return
             context = job.context
+            prompts = {"": sum(c.end - c.start for c in job.what.prompts)} if job.what.prompts else {}
             event = JobEnded(
-                "decode", job.what.model, job.sampled, lane.busy, job.steps, context, beside, job.tenants
+                *("decode", job.what.model, job.sampled, lane.busy, job.steps, context, beside, job.tenants),
+                prompts=prompts,
             )
         self.policy.observe(event)
 

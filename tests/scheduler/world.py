@@ -72,9 +72,16 @@ class Request:
     def done(self) -> bool:
         return self.emitted == self.output
 
+    joining: bool = False
+    """Whether it is in a decode job that has not computed its prompt yet."""
+
+    @property
+    def decodes(self) -> bool:
+        return self.open and self.emitted > 0 and self.computed >= self.tokens - 1
+
     @property
     def running(self) -> bool:
-        return self.open and self.emitted > 0 and self.computed >= self.tokens - 1
+        return self.joining or self.decodes
 
 
 @dataclass
@@ -120,9 +127,11 @@ class World:
         shapes: dict[str, Shape],
         lead: int = 2,
         decode_lanes: int = 1,
+        joins: bool = False,
     ) -> None:
         self.policy, self.total, self.shapes = policy, total, shapes
         self.decode_lanes = decode_lanes
+        self.joins = joins
         self.lead = lead
         """Steps before a lease's end when the next one may be decided on."""
         self.requests: dict[int, Request] = {}
@@ -186,13 +195,13 @@ class World:
             )
             for job in self.jobs.values()
         )
-        return Snapshot(tuple(models), Pool(self.total, self.available), jobs, self.decode_lanes)
+        return Snapshot(tuple(models), Pool(self.total, self.available), jobs, self.decode_lanes, self.joins)
 
     def ends_soon(self, job: Job) -> bool:
         """Whether it is near its end and none follows."""
         if isinstance(job.what, PrefillJob):
             return job.nearing and len(self.prefills) == 1
-        if job.ending or job.left > self.lead:
+        if not job.ending and job.left > self.lead:
             return False
         same = (
             o for o in self.jobs.values() if isinstance(o.what, DecodeJob) and o.what.model == job.what.model
@@ -235,9 +244,12 @@ class World:
     def running(self, r: Request) -> Running:
         length, renew = r.tokens, False
         job = self.jobs[r.jobs[0]] if r.jobs else None
-        if job is not None and isinstance(job.what, DecodeJob) and self.ends_soon(job):
-            renew = r.tokens + job.left < r.limit
-            length += job.left if renew else 0
+        if job is not None and isinstance(job.what, DecodeJob) and self.ends_soon(job) and r.decodes:
+            after = r.tokens + job.left
+            if job.ending:
+                after = min(after, max(length + 1, r.limit - 1))
+            if after < r.limit:
+                length, renew = after, True
         return Running(
             r.number,
             r.arrival,
@@ -292,21 +304,29 @@ class World:
                     self.grow(request, chunk.end)
                 self.check_quota(model, borrow)
                 self.start(decision, members)
-            case DecodeJob(model, sequences, steps, _, borrow):
+            case DecodeJob(model, sequences, steps, _, borrow, _, prompts):
                 assert steps >= 1 and sequences
+                assert self.joins or not prompts
                 assert all(
-                    self.ends_soon(job) or job.ending
+                    self.ends_soon(job)
                     for job in self.jobs.values()
                     if isinstance(job.what, DecodeJob) and job.what.model == model
                 ), "one lease of a model, and one that is to follow it"
                 members = [self.requests[number] for number in sequences]
                 for request in members:
-                    assert request.model == model and request.running
+                    assert request.model == model and request.decodes
                     assert all(isinstance(self.jobs[number].what, DecodeJob) for number in request.jobs)
                     assert len(request.jobs) <= 1
                     request.decoded = True
                     length = request.tokens + sum(self.jobs[number].left for number in request.jobs)
                     self.grow(request, min(length + steps - 1, request.limit - 1))
+                for chunk in prompts:
+                    request = self.requests[chunk.sequence]
+                    assert request.model == model and not request.running and not request.jobs
+                    assert request.computed == chunk.start < chunk.end == request.tokens
+                    request.open = request.decoded = request.joining = True
+                    self.grow(request, min(request.tokens + steps - 1, request.limit - 1))
+                    members.append(request)
                 self.check_quota(model, borrow)
                 self.start(decision, members)
 
@@ -337,7 +357,7 @@ class World:
             last.closing[request.model] = last.closing.get(request.model, 0) + self.blocks(request)
             last.closing_slots[request.model] = last.closing_slots.get(request.model, 0) + 1
         request.jobs.clear()
-        request.open = request.decoded = False
+        request.open = request.decoded = request.joining = False
         request.groups = request.computed = 0
 
     def end_lease(self, job: Job) -> None:
@@ -371,7 +391,7 @@ class World:
         if not job.ending:
             job.steps += 1
             for request in list(job.members):
-                request.computed = request.tokens
+                request.computed, request.joining = request.tokens, False
                 self.emit(request, job)
         if job.ending or job.steps == job.what.steps or not job.members:
             self.end(job)
@@ -394,4 +414,10 @@ class World:
     def end(self, job: Job) -> None:
         del self.jobs[job.number]
         for request in job.members:
+            request.joining = False
             request.jobs.remove(job.number)
+            if job.ending and request.jobs:  # what follows begins where this one was left
+                following = self.jobs[request.jobs[0]]
+                request.groups = 0
+                self.grow(request, min(request.tokens + job.left - 1, request.limit - 1))
+                self.grow(request, min(request.tokens + following.left - 1, request.limit - 1))

@@ -9,7 +9,7 @@ import pytest
 from muxserve.placement.solver.contention import Beside, bandwidth_use, slowdown
 from muxserve.placement.solver.cost import parse_costs
 from muxserve.placement.solver.shapes import SHAPES
-from muxserve.sim.executor import Executor, Work
+from muxserve.sim.executor import PASS_TOKENS, Executor, Work
 from tests.placement.solver.inputs import COSTS
 
 SHAPE = SHAPES["llama-7b"]
@@ -139,7 +139,7 @@ def test_one_core_is_shared_by_time() -> None:
     assert executor.next_end() == pytest.approx(seconds("prefill", 0.5), rel=0.3)
 
 
-def test_an_order_takes_its_time_but_for_a_lease_that_goes_on_with_its_model() -> None:
+def test_an_order_takes_its_time_but_for_a_lease_that_follows_on_another() -> None:
     executor = Executor(COSTS, 1, order_seconds=0.01)
     step = seconds("decode", 1.0)
     lease, next_one = work(1, "decode", steps=4), work(2, "decode", steps=4)
@@ -153,9 +153,9 @@ def test_an_order_takes_its_time_but_for_a_lease_that_goes_on_with_its_model() -
     executor.advance(0.01 + 5.5 * step)
     executor.end_lease(next_one)
     executor.advance(executor.next_end())
-    executor.start(work(3, "decode", steps=1))
+    executor.start(third := work(3, "decode", steps=1))
     executor.start(prefill := work(4, "prefill"))
-    assert executor.next_end() == pytest.approx(0.02 + 6 * step), "what is ended early is not followed"
+    assert third.ready == executor.now == pytest.approx(0.01 + 6 * step), "also after one that ended early"
     run(executor)
     assert prefill.began == pytest.approx(0.02 + 6 * step)
 
@@ -202,3 +202,99 @@ def test_steps_beside_those_of_another_model_take_what_was_measured_of_that() ->
     executor.advance(executor.next_end())
     assert one.shared == pytest.approx(0.02)
     assert one.busy == pytest.approx(0.2 * slowdown(beside, beside))
+
+
+def joining(number: int, steps: int, prompt: int = 200) -> Work:
+    """A decode job with prompts."""
+    job = work(number, "decode", steps=steps)
+    job.prompt = prompt
+    return job
+
+
+def beyond(share: float, prompt: int = 200) -> float:
+    """Seconds that the prompts add to a step."""
+    few, more = (COSTS.prefill("llama-7b", 1, share, 1, PASS_TOKENS + n) for n in (0, prompt))
+    return more - few
+
+
+def test_the_first_step_takes_longer_by_what_its_prompts_cost() -> None:
+    executor = Executor(COSTS, 1, units=4, lease_seconds=0.005)
+    executor.start(lease := joining(1, steps=10))
+    first = 0.005 + seconds("decode", 1.0) + beyond(1.0)
+    assert beyond(1.0) > 0
+    assert executor.next_end() == pytest.approx(first), "and its end is told of"
+    assert executor.advance(executor.next_end()) == []
+    assert (lease.done, lease.first) == (1.0, executor.now)
+    assert run(executor) == pytest.approx({1: first + 9 * seconds("decode", 1.0)})
+    assert lease.busy == executor.busy == pytest.approx(executor.now)
+
+
+def test_a_prompt_costs_less_in_a_step_than_in_a_job_of_its_own() -> None:
+    assert beyond(1.0) < COSTS.prefill("llama-7b", 1, 1.0, 1, 200)
+
+
+def test_a_lease_of_one_step_ends_with_its_prompts() -> None:
+    executor = Executor(COSTS, 1, units=4)
+    executor.start(lease := joining(1, steps=1))
+    ended = run(executor)
+    assert ended == pytest.approx({1: seconds("decode", 1.0) + beyond(1.0)})
+    assert lease.first == ended[1]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
+def test_a_lease_that_is_ended_in_its_first_step_computes_its_prompts(part: float) -> None:
+    executor = Executor(COSTS, 1, units=4)
+    executor.start(lease := joining(1, steps=10))
+    first = executor.next_end()
+    executor.advance(part * first)
+    executor.end_lease(lease)
+    assert run(executor) == pytest.approx({1: first})
+    assert (lease.done, lease.first) == (1.0, executor.now)
+
+
+def test_a_lease_that_is_ended_after_its_first_step_ends_with_the_one_that_runs() -> None:
+    executor = Executor(COSTS, 1, units=4)
+    executor.start(lease := joining(1, steps=10))
+    executor.advance(executor.next_end())
+    executor.advance(executor.now + 0.5 * seconds("decode", 1.0))
+    executor.end_lease(lease)
+    assert run(executor) == pytest.approx({1: lease.first + seconds("decode", 1.0)})
+
+
+def test_a_lease_with_prompts_that_has_not_begun_computes_none() -> None:
+    executor = Executor(COSTS, 1, units=4)
+    executor.start(work(1, "decode", steps=4))
+    executor.advance(0.001)
+    executor.start(later := joining(2, steps=4))
+    executor.end_lease(later)
+    ended = run(executor)
+    assert ended[1] == ended[2] == pytest.approx(4 * seconds("decode", 1.0))
+    assert (later.done, later.busy) == (0, 0)
+    assert later.first < 0
+
+
+def test_prompts_take_longer_while_a_neighbour_is_there() -> None:
+    executor = Executor(COSTS, 1, units=2)
+    executor.start(lease := joining(1, steps=50))
+    alone = seconds("decode", 1.0) + beyond(1.0)
+    executor.advance(0.25 * alone)
+    executor.start(prefill := work(2, "prefill"))
+    shared = seconds("decode", 0.5) + beyond(0.5)
+    both = slowdown(
+        Beside(0.5, bandwidth_use(SHAPE, 1, 4 * 128, seconds("prefill", 0.5))),
+        Beside(0.5, bandwidth_use(SHAPE, 1, 4 * 128, shared)),
+    )
+    assert shared * both > alone
+    assert executor.next_end() == pytest.approx(0.25 * alone + 0.75 * shared * both)
+    executor.advance(executor.next_end())
+    assert lease.first == executor.now
+    later = slowdown(
+        Beside(0.5, bandwidth_use(SHAPE, 1, 4 * 128, seconds("prefill", 0.5))),
+        Beside(0.5, bandwidth_use(SHAPE, 1, 4 * 128, seconds("decode", 0.5))),
+    )
+    beside = prefill.began + 0.75 * shared * both + 0.5 * seconds("decode", 0.5) * later
+    executor.advance(beside)
+    assert lease.done == pytest.approx(1.5), "later steps are those of any lease"
+    ended = run(executor)
+    assert lease.beside == pytest.approx(ended[2] - prefill.began)
+    assert lease.busy == pytest.approx(ended[1])

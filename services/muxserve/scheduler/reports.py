@@ -169,13 +169,16 @@ class Reports:
 
     def _account(self, job: Job, done: worker_pb2.JobDone) -> None:
         # What the prefix cache had was not computed, and says nothing about how fast the device is.
-        tokens = job.tokens - done.cached_tokens
+        decoded = job.kind == "decode"
+        tokens = job.tokens if decoded else job.tokens - done.cached_tokens
+        asked = sum(job.prompts.values())
+        computed = (asked - done.cached_tokens if done.steps else 0) if decoded else tokens
         now = asyncio.get_running_loop().time()
         running = [(each.kind, each.model, each.ordered) for each in self._seats.jobs.values()]
         beside, together = self._overlap.ended(job.kind, job.model, now, done.seconds, running)
         if not done.refused and tokens:
             steps = max(1, done.steps)
-            runs = steps if job.kind == "decode" else 1
+            runs = steps if decoded else 1
             self._tally.took(job.kind, job.model, runs, done.seconds, beside)
             self._policy.observe(
                 JobEnded(
@@ -188,10 +191,10 @@ class Reports:
                     beside,
                     job.tenants,
                     together if self._seats.lanes > 1 else 0.0,
+                    {tenant: count * computed / asked for tenant, count in job.prompts.items()},
                 )
             )
-        if job.kind == "prefill":
-            self._tally.prefilled[job.model] += tokens
+        self._tally.prefilled[job.model] += computed
 
     def _refused(self, request: Request | None, reason: worker_pb2.RefusalReason.ValueType) -> None:
         """The worker could not take a request's sequence into a job: it is computed anew, a little later."""

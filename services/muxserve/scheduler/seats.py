@@ -59,6 +59,8 @@ class Job:
     """Tokens before those that it computes, over all of its sequences, when it was sent."""
     tenants: Counter[str] = field(default_factory=Counter)
     """`tokens` by tenant."""
+    prompts: Counter[str] = field(default_factory=Counter)
+    """Decode: tokens of prompts that it computes in its first step, by tenant."""
 
 
 class Seats:
@@ -69,6 +71,8 @@ class Seats:
         """Models that are loaded."""
         self.lanes = 1
         """Decode jobs that run side by side."""
+        self.joins = False
+        """Whether decode jobs may have prompts."""
         self.total_blocks = 0
         self.sequences: dict[int, Sequence] = {}
         """All that hold a slot."""
@@ -92,6 +96,7 @@ class Seats:
         """Models or executors have changed."""
         self.shapes = {loaded.model: loaded.shape for loaded in info.models}
         self.lanes = max(1, sum(executor.kind != "prefill" for executor in info.executors))
+        self.joins = info.prompts_join
         self.total_blocks = info.pool.total_blocks
 
     def disconnect(self) -> None:
@@ -152,17 +157,24 @@ class Seats:
         self.send(worker_pb2.JobsRequest(prefill=message))
 
     def decode(self, order: DecodeJob, requests: Iterable[Request]) -> Job:
-        """Send a decode job."""
+        """Send a decode job, and open the sequences of its prompts where they are not. `requests` match the
+        order's sequences, and after them its prompts."""
         job = self._new_job("decode", order.model)
         job.steps = job.steps_left = order.steps
         job.lead = min(
             LEAD, math.ceil(LEAD_SECONDS / self._step_seconds.get(order.model, LEAD_SECONDS / LEAD))
         )
+        prompts = {chunk.sequence: chunk for chunk in order.prompts}
+        joining = []
         for request in requests:
-            sequence = request.sequence
-            assert sequence is not None, "the policy decodes what runs"
+            sequence = request.sequence or self._open(request)
             length = self.length(request)
-            job.context += length
+            if (chunk := prompts.get(request.number)) is not None:
+                joining.append(sequence.number)
+                job.prompts[request.queued.tenant] += chunk.end - chunk.start
+                job.context += chunk.start
+            else:
+                job.context += length
             job.ends[sequence.number] = length + order.steps
             # The last token's KV is never written.
             self._join(job, sequence, min(job.ends[sequence.number] - 1, request.limit - 1))
@@ -176,6 +188,7 @@ class Seats:
             lead=job.lead,
             borrow=order.borrow,
             exclusive=order.exclusive,
+            prompts=joining,
         )
         self.send(worker_pb2.JobsRequest(decode=message))
         return job
@@ -219,11 +232,17 @@ class Seats:
             job.nearing = True
 
     def ends_soon(self, job: Job) -> bool:
-        """Whether it will soon have run to its end, and no other job waits to follow it."""
+        """Whether it will soon have ended, and no other job waits to follow it."""
         if job.kind == "prefill":
             return job.nearing and all(each is job or each.kind != "prefill" for each in self.jobs.values())
-        due = not job.ending and job.steps_left <= job.lead
-        return due and self.followed(job) is None
+        return (job.ending or job.steps_left <= job.lead) and self.followed(job) is None
+
+    def decodes(self, request: Request) -> bool:
+        """Whether it decodes, or will with the first step of the decode job that it is in."""
+        sequence = request.sequence
+        if sequence is None or request.running:
+            return sequence is not None
+        return bool(sequence.jobs) and self.jobs[sequence.jobs[0]].kind == "decode"
 
     def fresh(self, job: Job) -> bool:
         """Whether it is a decode job that no step was heard of."""
@@ -235,7 +254,8 @@ class Seats:
         return next((each for each in others if (each.kind, each.model) == (job.kind, job.model)), None)
 
     def length(self, request: Request) -> int:
-        """Tokens known of a request when the job that it is in, if there is one, has run to its end."""
+        """Tokens known of a request when the job that it is in, if there is one, has run to its end; fewer if
+        its lease is ended."""
         sequence = request.sequence
         if sequence is None or not sequence.jobs:
             return request.known
@@ -255,11 +275,24 @@ class Seats:
             return None
         if job.kind == "decode" and steps and seconds > 0:
             self._step_seconds[job.model] = seconds / steps
+        short = job.steps - steps if job.kind == "decode" else 0
         for sequence in job.members.values():
             sequence.jobs.remove(number)
             if sequence.request is None and not sequence.jobs:
                 del self.sequences[sequence.number]
+            elif short and sequence.jobs:
+                self._begins_earlier(sequence, job, short)
         return job
+
+    def _begins_earlier(self, sequence: Sequence, ended: Job, short: int) -> None:
+        """The job that follows the one that ended goes on from so many tokens less of the sequence than was
+        thought, and so holds less."""
+        following = self.jobs[sequence.jobs[0]]
+        following.ends[sequence.number] -= short
+        following.context -= short
+        if (request := sequence.request) is not None:
+            tokens = max(ended.ends[sequence.number], following.ends[sequence.number]) - 1
+            sequence.groups = self.groups(ended.model, min(tokens, request.limit - 1))
 
     def lose(self, sequences: Iterable[Sequence]) -> list[Request]:
         """The worker has closed these itself; returns the requests that lost their seats."""

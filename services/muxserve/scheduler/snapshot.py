@@ -25,7 +25,7 @@ def take(
     running: dict[str, list[Running]] = defaultdict(list)
     soon = {job.number for job in seats.jobs.values() if seats.ends_soon(job)}
     for request in requests:
-        if request.running:
+        if seats.decodes(request):
             running[request.model].append(_running(request, seats, soon))
         elif not request.awaiting_resume and request.not_before <= now:
             waiting[request.model].append(_waiting(request, seats, soon))
@@ -65,7 +65,7 @@ def take(
         )
         for job in seats.jobs.values()
     )
-    return Snapshot(models, Pool(seats.total_blocks, seats.available), jobs, seats.lanes)
+    return Snapshot(models, Pool(seats.total_blocks, seats.available), jobs, seats.lanes, seats.joins)
 
 
 def _waiting(request: Request, seats: Seats, soon: Collection[int]) -> Waiting:
@@ -99,13 +99,16 @@ def _view(request: Request) -> Waiting:
 
 
 def _running(request: Request, seats: Seats, soon: Collection[int]) -> Running:
-    """`soon`: jobs that end soon. Nothing is to follow a prefill job (of the last token of a sequence that is
-    recomputed): its token is not known yet."""
+    """`soon`: jobs that end soon. Nothing is to follow a job that computes known tokens of a sequence: what
+    comes after these is not known yet."""
     sequence = request.sequence
     assert sequence is not None, "what runs has a seat"
     length, renew = request.known, False
-    if sequence.jobs and sequence.jobs[0] in soon and seats.jobs[sequence.jobs[0]].kind == "decode":
+    job = seats.jobs[sequence.jobs[0]] if sequence.jobs else None
+    if job is not None and job.number in soon and job.kind == "decode" and request.running:
         after = seats.length(request)
+        if job.ending:  # it does a step more or two, and hardly all
+            after = min(after, max(length + 1, request.limit - 1))
         if after < request.limit:
             length, renew = after, True
     return Running(

@@ -403,7 +403,8 @@ class Unit:
                 self.seats.prefill(decision, [self._by_number[c.sequence] for c in decision.chunks])
             case DecodeJob():
                 self._tally.jobs["decode"] += 1
-                job = self.seats.decode(decision, [self._by_number[number] for number in decision.sequences])
+                numbers = *decision.sequences, *(chunk.sequence for chunk in decision.prompts)
+                job = self.seats.decode(decision, [self._by_number[number] for number in numbers])
                 if self.seats.ends_soon(job):  # the job that is to follow may be sent at once
                     self.ask_turn()
             case Preempt(number):
@@ -417,6 +418,7 @@ class Unit:
                 self._ask_again = asyncio.get_running_loop().call_at(at, self.ask_turn)
             case EndLease(job):
                 self.seats.end_lease(job)
+                self.ask_turn()  # the one that is to follow may be sent at once
             case AdaptQuotas(quotas):
                 self.quotas = dict(quotas)
                 self.quota_revision += 1

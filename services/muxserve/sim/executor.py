@@ -8,9 +8,12 @@ one, also where that is more than there are. A prefill job whose neighbours end 
 step. A decode job is one event, not one per step: its progress is counted in steps, and its speed changes
 when a neighbour comes or goes.
 
+A decode job may have prompts, which its first step computes in the same pass: that step is slower by what
+their tokens cost beside the pass, and its end is an event too.
+
 A job takes `order_seconds` from its decision to the device, but for a lease that follows on one that has just
-run to its end: a scheduler sends that ahead. A decode job takes `lease_seconds` beside its steps, here before
-the first; who asks how long it ran is told with them.
+ended, early or not: a scheduler sends that ahead. A decode job takes `lease_seconds` beside its steps, here
+before the first; who asks how long it ran is told with them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ from muxserve.placement.solver.cost import CostModel
 from muxserve.placement.solver.shapes import Shape
 
 JobKind = Literal["prefill", "decode"]
+
+PASS_TOKENS = 64
+"""Tokens of a pass that costs little more than reading the weights. Prompts of a decode job take what as many
+tokens more would add to it: the step that they are in reads the weights in any case."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +53,10 @@ class Work:
     """Decode: after how many it ends. Prefill: 1."""
     exclusive: bool = False
     """Whether no other decode job runs beside it."""
+    prompt: int = 0
+    """Decode: tokens of prompts that the first step computes. 0 from its end on."""
+    first: float = -1.0
+    """When that step has ended, of a job with prompts."""
     done: float = 0.0
     """Steps that have run."""
     busy: float = 0.0
@@ -93,14 +104,14 @@ class Executor:
     """Whether speeds are to be worked out again."""
     _coming: float = float("inf")
     """When the next job gets to the device."""
-    _run_out: float = -1.0
-    """When the last lease has run to its end."""
+    _lease_ended: float = -1.0
+    """When the last lease has ended."""
 
     def start(self, work: Work) -> None:
         """Put a job at the end of its lane. The time is what `advance` was last told."""
         self.lanes[work.kind].append(work)
         self._due = True
-        follows = work.kind == "decode" and self._run_out == self.now
+        follows = work.kind == "decode" and self._lease_ended == self.now
         work.ready = self.now if follows else self.now + self.order_seconds
         work.hold = self.lease_seconds if work.kind == "decode" else 0.0
         if work.ready > self.now:
@@ -112,15 +123,19 @@ class Executor:
         ran = work.began >= 0
         work.steps = min(work.steps, max(1, int(work.done + 1 - 1e-9))) if ran else 0
         if not ran:
-            work.hold = 0.0
+            work.hold, work.prompt = 0.0, 0
         self._due = True
 
     def next_end(self) -> float:
-        """When a job ends next or gets to the device, if nothing else happens. Infinity: there is none."""
-        ends = (
-            self.now + work.hold + max(0.0, work.steps - work.done) / speed for work, speed in self._speeds()
-        )
-        return min(self._coming, min(ends, default=float("inf")))
+        """When a job ends next, has computed its prompts or gets to the device, if nothing else happens.
+        Infinity: there is none."""
+        soonest = self._coming
+        for work, speed in self._speeds():
+            left = (1 if work.prompt else work.steps) - work.done
+            end = self.now + work.hold + (left / speed if left > 0 else 0.0)
+            if end < soonest:
+                soonest = end
+        return soonest
 
     def advance(self, now: float) -> list[Work]:
         """Let time pass until `now`, no later than `next_end()`; the jobs that have ended, in order."""
@@ -136,19 +151,27 @@ class Executor:
                 others = decoding if work.kind == "prefill" else len(running) - decoding
                 work.beside += elapsed if others else 0.0
                 work.together += elapsed if work.kind == "decode" and decoding > 1 else 0.0
+                if work.prompt and work.done >= 1 - 1e-7:
+                    self._joined(work, now)
             self.busy += elapsed
         self.now = now
         ended = [work for work, _ in running if work.done >= work.steps - 1e-7 and not work.hold]
         for work in ended:
             self.lanes[work.kind].remove(work)
             self._due = True
-            if work.kind == "decode" and not work.ending:
-                self._run_out = now
+            if work.kind == "decode":
+                self._lease_ended = now
         if now >= self._coming:
             later = [w.ready for lane in self.lanes.values() for w in lane if w.ready > now]
             self._coming = min(later, default=float("inf"))
             self._due = True
         return ended
+
+    def _joined(self, work: Work, now: float) -> None:
+        """Its prompts are computed: later steps are those of any decode job."""
+        work.prompt, work.first, work.done = 0, now, 1.0
+        work.alone = work.had = 0.0
+        self._due = True
 
     def _speeds(self) -> list[tuple[Work, float]]:
         if self._due:
@@ -229,4 +252,13 @@ class Executor:
     def _seconds(self, work: Work, share: float, paired: bool) -> float:
         decode = self.costs.together if paired else self.costs.decode
         look_up = self.costs.prefill if work.kind == "prefill" else decode
-        return max(1e-6, look_up(work.model, self.degree, share, work.batch, work.length))
+        seconds = max(1e-6, look_up(work.model, self.degree, share, work.batch, work.length))
+        return seconds + self._beyond(work, share) if work.prompt else seconds
+
+    def _beyond(self, work: Work, share: float) -> float:
+        """Seconds that its prompts add to its first step."""
+        few, more = (
+            self.costs.prefill(work.model, self.degree, share, 1, PASS_TOKENS + tokens)
+            for tokens in (0, work.prompt)
+        )
+        return max(0.0, more - few)

@@ -46,6 +46,10 @@ class Job:
     tokens: int
     """Prefill: prompt tokens."""
     context: int
+    joined: Sequence[Request] = ()
+    """Decode: members whose prompts the first step computes."""
+    prompts: int = 0
+    """Tokens that it computes of them."""
     closing: dict[str, int] = field(default_factory=dict)
     """Blocks by model, of sequences that were closed meanwhile."""
     closing_slots: dict[str, int] = field(default_factory=dict)
@@ -167,7 +171,9 @@ class Unit:
     def _snapshot(self) -> Snapshot:
         models = tuple(books.seen or self._look(name, books) for name, books in self.models.items())
         jobs = tuple(self._job(job.work) for job in self.jobs.values())
-        return Snapshot(models, Pool(self.total, self.available), jobs, self.executor.decode_lanes)
+        pool, lanes = Pool(self.total, self.available), self.executor.decode_lanes
+        # Engines on cores compute prompts in a step; those on GPUs do not.
+        return Snapshot(models, pool, jobs, lanes, self.executor.units > 0)
 
     def _look(self, name: str, books: Books) -> ModelSnapshot:
         books.seen = ModelSnapshot(
@@ -226,9 +232,7 @@ class Unit:
         members = {chunk.sequence: books.waiting[chunk.sequence] for chunk in order.chunks}
         for chunk in order.chunks:
             request = members[chunk.sequence]
-            if not request.open:
-                request.open = request.waiting.open = True
-                books.open += 1
+            self._open(books, request)
             request.waiting.in_job = True
             self._grow(books, request, chunk.end)
             request.waiting.groups = request.groups
@@ -248,6 +252,10 @@ class Unit:
     def _decode(self, order: DecodeJob) -> None:
         books = self.models[order.model]
         members = {number: books.running[number] for number in order.sequences}
+        joined = [self._join(books, chunk.sequence) for chunk in order.prompts]
+        for request in joined:
+            members[request.number] = request
+        prompts = sum(chunk.end - chunk.start for chunk in order.prompts)
         context = 0
         for request in members.values():
             context += request.known
@@ -256,8 +264,16 @@ class Unit:
             running.groups, running.in_job, running.decoded = request.groups, True, True
         length = context / len(members) + order.steps / 2
         work = self._work("decode", books, len(members), length, order.share)
-        work.steps, work.exclusive = order.steps, order.exclusive
-        self._start(Job(work, members, {}, 0, context), books)
+        work.steps, work.exclusive, work.prompt = order.steps, order.exclusive, prompts
+        self._start(Job(work, members, {}, 0, context - prompts, joined, prompts), books)
+
+    def _join(self, books: Books, number: int) -> Request:
+        """A request whose prompt a decode job computes: it runs from now on."""
+        request = books.waiting.pop(number)
+        self._open(books, request)
+        request.begin_running()
+        books.running[number] = request
+        return request
 
     def _work(self, kind: str, books: Books, batch: int, length: float, share: float) -> Work:
         self._last += 1
@@ -279,6 +295,11 @@ class Unit:
         self.jobs[job.work.number] = job
         self.executor.start(job.work)
         books.seen = None
+
+    def _open(self, books: Books, request: Request) -> None:
+        if not request.open:
+            request.open = request.waiting.open = True
+            books.open += 1
 
     def _grow(self, books: Books, request: Request, tokens: int) -> None:
         more = books.groups(tokens) - request.groups
@@ -335,6 +356,7 @@ class Unit:
                 beside=work.beside / work.busy,
                 tenants={"": tokens},
                 together=work.together / work.busy,
+                prompts={"": job.prompts} if job.prompts else {},
             )
         )
 
@@ -358,6 +380,10 @@ class Unit:
         """Every member has one token per step, until it has all."""
         work, total = job.work, 0
         steps = round(work.done)
+        begun, before = work.began, 0
+        if job.joined:
+            self._prompts_ended(job, books)
+            begun, before = work.first, 1
         for request in list(job.members.values()):
             request.job = None
             request.running.in_job = False
@@ -365,7 +391,7 @@ class Unit:
             if count == 0:
                 continue
             total += count
-            at = now if count == steps else work.began + (now - work.began) * count / steps
+            at = now if count == steps else begun + (now - begun) * (count - before) / (steps - before)
             self._emit(request, count, at)
             if request.emitted == request.output:
                 del books.running[request.number]
@@ -374,8 +400,21 @@ class Unit:
                 request.running.length = request.known
         return total
 
+    def _prompts_ended(self, job: Job, books: Books) -> None:
+        """Those whose prompts a decode job was to compute have a token since the end of its first step; if no
+        step ran, they wait as they did before."""
+        for request in job.joined:
+            if request.number not in job.members:
+                continue
+            if job.work.first < 0:
+                del job.members[request.number], books.running[request.number]
+                books.waiting[request.number] = request
+                request.job, request.waiting.groups = None, request.groups
+            elif request.first < 0:
+                request.first = job.work.first
+
     def _emit(self, request: Request, count: int, at: float) -> None:
-        if not request.emitted:
+        if request.first < 0:
             request.first = at
         request.emitted += count
         self.tokens += count

@@ -53,7 +53,10 @@ class Adbs:
         if plan.takes_prompts:
             self._prefill(plan)
         self._decode(plan)
-        plan.end_leases(lambda model, running: not self._paused(plan, model, running))
+        plan.end_leases(
+            lambda model, running: not self._paused(plan, model, running),
+            lambda model: self._takes_along(plan, model),
+        )
         return plan.decisions
 
     def observe(self, event: Event) -> None:
@@ -128,6 +131,7 @@ class Adbs:
                 model = plan.models[name]
                 batch = [r for r in plan.idle(model) if not self._paused(plan, model, r)]
                 if batch and plan.decode(model, batch, steps, share, self._exclusive(name)):
+                    self._join(plan, model)
                     self._decoded(model, steps)
                     return
 
@@ -139,6 +143,13 @@ class Adbs:
 
     def _exclusive(self, model: str) -> bool:
         """Whether leases of the model have the device's decode lanes for themselves."""
+        return False
+
+    def _join(self, plan: Plan, model: ModelSnapshot) -> None:
+        """Have the lease that was decided on last take prompts along: none."""
+
+    def _takes_along(self, plan: Plan, model: ModelSnapshot) -> bool:
+        """Whether the model's next lease would."""
         return False
 
     def _decoded(self, model: ModelSnapshot, steps: int) -> None:

@@ -1,8 +1,10 @@
-"""`Company`: whether a model's prompts wait for others to share a job with.
+"""`Company`: whether prompts wait for a lease of their model, or for others, to share a pass with.
 
 A prefill job reads all weights, however few tokens it computes: where prompts are short, two in one job take
-little longer than one. So a prompt waits where another one of its model is likely to come before those that
-decode would have got a token or two, and where the job would mostly be what any job takes.
+little longer than one, and a decode step that computes one as well little longer than a step. So where a
+model decodes, and decode jobs can have prompts, a short prompt waits for the next lease. Else it waits where
+another one of its model is likely to come before those that decode would have got a token or two, and where
+the job would mostly be what any job takes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from muxserve.scheduler.policy.interface import ModelSnapshot, Waiting
 from muxserve.scheduler.policy.latency import Latency
 
 PATIENCE = 1.5
-"""Times between two tokens of those that decode that a prompt waits at most."""
+"""How many times as long as from one token to the next of those that decode a prompt waits at most."""
 ENOUGH = 3.0
 """How many times as long as one for a single token a job takes that is not made to wait."""
 NEWEST = 0.1
@@ -64,3 +66,10 @@ class Company:
         if self._latency.prefill(model.model, tokens) >= ENOUGH * least:
             return 0.0
         return min(w.arrival for w in queue) + patience
+
+    def lease_until(self, model: ModelSnapshot, waiting: Waiting, pace: float, room: int) -> float:
+        """The same of a prompt that the next lease of its model takes along, if what is left of it is no more
+        than `room` tokens."""
+        if model.ttft_target or waiting.emitted or waiting.tokens - waiting.computed > room:
+            return 0.0
+        return waiting.arrival + PATIENCE * pace

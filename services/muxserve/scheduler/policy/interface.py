@@ -49,7 +49,8 @@ class Waiting:
 
 @dataclass(slots=True)
 class Running:
-    """A sequence whose known tokens are all computed but the last, so that it can decode."""
+    """A sequence whose known tokens are all computed but the last, so that it can decode; or that is in a
+    decode job, in whose first step they are."""
 
     sequence: int
     arrival: float
@@ -65,7 +66,7 @@ class Running:
     """Whether it has been in one since its prefill."""
     renew: bool = False
     """Whether its job ends soon, so that it may be given to the one that is to follow. `length` is then what
-    it will be at that end."""
+    it will be at that end, or, where the lease was ended, no less."""
     priority: int = 0
     """As in `Waiting`."""
     tenant: str = ""
@@ -129,7 +130,12 @@ class ModelSnapshot:
     @cached_property
     def promised(self) -> int:
         """Blocks that prompts which were begun are still to get."""
-        return sum((self.spans(w.tokens) - w.groups) * self.blocks_per_span for w in self.begun)
+        return sum(self.missing(w) for w in self.begun)
+
+    def missing(self, waiting: Waiting) -> int:
+        """Blocks beyond those that it holds, for all of its known tokens. One that was in a decode job which
+        never ran may hold more."""
+        return max(0, self.spans(waiting.tokens) - waiting.groups) * self.blocks_per_span
 
     def spans(self, tokens: int) -> int:
         """Block groups that `tokens` tokens take."""
@@ -155,8 +161,8 @@ class RunningJob:
     ending: bool = False
     """Whether its lease was ended already."""
     ends_soon: bool = False
-    """Whether it is near its end: the one that is to follow may be started, and runs when this one has
-    ended."""
+    """Whether it is near its end, or its lease was ended: the one that is to follow may be started, and runs
+    when this one has ended."""
     last_step: bool = False
     """Whether it will end with the step that runs."""
     fresh: bool = False
@@ -174,6 +180,8 @@ class Snapshot:
     jobs: tuple[RunningJob, ...] = ()
     lanes: int = 1
     """Decode jobs, of different models, that run side by side."""
+    joins: bool = False
+    """Whether decode jobs may have prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +218,10 @@ class DecodeJob:
     """As in `PrefillJob`."""
     exclusive: bool = False
     """Whether no other decode job may run beside it, on a device that has room for several."""
+    prompts: tuple[Chunk, ...] = ()
+    """What is left of the prompts of waiting sequences: computed in the first step, in the same pass over the
+    weights, which samples a token of each; from then on they decode with the others. Only where the snapshot
+    says `joins`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +285,8 @@ class JobEnded:
     """`tokens` by tenant."""
     together: float = 0.0
     """As `beside`, for a decode job and those of other models."""
+    prompts: Mapping[str, float] = field(default_factory=dict)
+    """Tokens of prompts that a decode job computed in its first step, by tenant; not among `tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +346,8 @@ class PolicyOptions:
     chunked: bool = True
     """Prompts come in chunks of about `turn_seconds`; off: of `chunk_seconds`."""
     gather: bool = True
-    """Short prompts wait for others of their model to share a job with, where these come often."""
+    """Short prompts share a pass over the weights: with what decodes of their model, or with others that come
+    soon."""
     borrow: bool = True
     """What nobody claims is lent beyond quotas, and given back by recompute; off: quotas are hard."""
     slack: bool = True

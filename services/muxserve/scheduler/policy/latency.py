@@ -35,6 +35,8 @@ SWEEPS = 8
 """Passes over the coefficients after each observation."""
 MEMORY = 0.05
 """Weight of the newest observation where no line is fitted."""
+JOINT = 0.3
+"""Weight of a decode job that computed prompts too: what these took is an estimate."""
 BESIDE = 0.9
 """Part of its time from which a prefill job says what a neighbour costs."""
 EXTRA = 0.9
@@ -220,15 +222,16 @@ class Latency:
 
     def observe(self, event: JobEnded) -> None:
         """Learn from a job."""
-        if event.seconds <= 0 or event.steps < 1 or event.tokens < 1:
+        seconds = event.seconds - self._prompts(event)
+        if seconds <= LEAST_PART * event.seconds or event.steps < 1 or event.tokens < 1:
             return
+        seconds /= event.steps
         self._steps.clear()
         self._lone.clear()
         regime = "together" if event.kind == "decode" and event.together >= 0.5 else event.kind
         fit = self._fits.setdefault((regime, event.model), self._new(event.kind))
         features = self._features(event)
-        seconds = event.seconds / event.steps
-        if event.kind == "decode":
+        if event.kind == "decode" and not event.prompts:
             if features[1] <= FEW and max(event.beside, event.together) < ALONE:
                 known = self._seen_alone.setdefault(event.model, seconds)
                 self._seen_alone[event.model] = known + NEWEST * (seconds - known)
@@ -236,10 +239,10 @@ class Latency:
             floor = LEAST_PART * seconds / (1 + EACH * features[1])
             before = self._floor.setdefault(event.model, floor)
             self._floor[event.model] = before + MEMORY * (floor - before)
-        if fit.seen >= ENOUGH and (alone := fit(features)) > 0:
+        if fit.seen >= ENOUGH and not event.prompts and (alone := fit(features)) > 0:
             self._neighbour[event.kind].observe(event.beside, min(MOST, seconds / alone))
         seconds /= 1 + self._neighbour[event.kind].extra * event.beside
-        weight = 1 - (1 - CONTENDED[event.kind]) * event.beside
+        weight = (JOINT if event.prompts else 1.0) * (1 - (1 - CONTENDED[event.kind]) * event.beside)
         fit.observe(features, seconds, weight)
         if regime == "together" and (lone := self._fits.get(("decode", event.model))) is not None:
             slower = min(MOST, max(1.0, seconds / max(lone(features), seconds / MOST)))
@@ -247,6 +250,16 @@ class Latency:
         if event.kind == "decode":
             apart = seconds / (self._slower if regime == "together" else 1.0)
             self._common.observe(event.model, features, apart, weight)
+
+    def _prompts(self, event: JobEnded) -> float:
+        """Seconds of a decode job that went into prompts: what they add to a pass, on the part of the device
+        that it had."""
+        if not event.prompts:
+            return 0.0
+        tokens = round(sum(event.prompts.values()))
+        added = self.prefill(event.model, 1 + tokens) - self.prefill(event.model, 1)
+        slower = 1 + self._neighbour["decode"].extra * event.beside
+        return added * slower * (self._slower if event.together >= 0.5 else 1.0)
 
     def step(self, model: str, sequences: int, together: bool = False) -> float:
         """Seconds of a decode step of so many sequences of usual length, with nothing beside it, or with one
@@ -291,12 +304,10 @@ class Latency:
         depth = min(tokens / 2, self._deepest.get(model, math.inf))
         return self._fit("prefill", model)((1.0, float(tokens), tokens * depth / 1e3))
 
-    def prompt(self, model: str, times: float) -> int:
-        """Tokens, without context, of a prefill job that takes so many times as long as one of a single
-        token, about; `pace.LEAST` at least."""
-        first = self.prefill(model, 1)
-        each = (self.prefill(model, LEAST) - first) / (LEAST - 1)
-        return max(LEAST, 1 + int((times - 1) * first / max(each, SHORTEST)))
+    def prompt(self, model: str, seconds: float) -> int:
+        """Tokens, without context, that a pass computes in so many seconds beyond what it takes anyway."""
+        each = (self.prefill(model, LEAST) - self.prefill(model, 1)) / (LEAST - 1)
+        return int(seconds / max(each, SHORTEST))
 
     def alone(self, model: str, prompt: int, output: int) -> float:
         """Seconds of a whole request that has the device for itself."""

@@ -7,7 +7,8 @@ slack       Every request has a time at which it is due: its model's TTFT target
 turns       Models decode in proportion to the steps that their sequences need to be in time (`Turns`), few
             at a time if turns are dear, side by side or one after the other (`Latency.cycle`).
 chunked     Prompts come in chunks short enough that the next urgent one is soon served.
-gather      Short prompts wait for others of their model, a token's time or so (`Company`).
+gather      Short prompts are computed in a lease of their model, in one pass with what decodes, or wait for
+            others to share a job with, a token's time or so (`Company`).
 shares      Where models have targets for time per output token, prefill gets what compute these leave.
 borrow, priorities, fairness, admission: see `PolicyOptions`.
 """
@@ -33,7 +34,7 @@ from muxserve.scheduler.policy.interface import (
     Waiting,
 )
 from muxserve.scheduler.policy.latency import Cycle, Latency
-from muxserve.scheduler.policy.pace import PrefillPace
+from muxserve.scheduler.policy.pace import LEAST, PrefillPace
 from muxserve.scheduler.policy.plan import Plan
 from muxserve.scheduler.policy.slip import Slip
 from muxserve.scheduler.policy.tenants import Tenants
@@ -230,9 +231,7 @@ class Mux(Adbs):
         self._brief.clear()
         for model in plan.models.values():
             if queue := plan.queue(model):
-                times = {w.sequence: (self._dues.waiting(model, w), self._dues.left(model, w)) for w in queue}
-                keys = {w.sequence: self._key(w, *times[w.sequence]) for w in queue}
-                queue.sort(key=lambda w: keys[w.sequence])  # used at once
+                times, keys = self._sort(model, queue)
                 if self._tenants.crowded:
                     queue = self._uncrowded(plan, model, queue)
                     if not queue:
@@ -247,6 +246,15 @@ class Mux(Adbs):
         order = [(model, queue) for _, model, queue in keyed]
         return self._gathered(plan, order) if self._options.gather else order
 
+    def _sort(
+        self, model: ModelSnapshot, queue: list[Waiting]
+    ) -> tuple[dict[int, tuple[float, float]], dict[int, Key]]:
+        """Put the queue in order; when each is due and how long it takes alone, and what it goes by."""
+        times = {w.sequence: (self._dues.waiting(model, w), self._dues.left(model, w)) for w in queue}
+        keys = {w.sequence: self._key(w, *times[w.sequence]) for w in queue}
+        queue.sort(key=lambda w: keys[w.sequence])
+        return times, keys
+
     def _uncrowded(self, plan: Plan, model: ModelSnapshot, queue: list[Waiting]) -> list[Waiting]:
         """Those of the queue that may share a job while somebody makes it crowded: no job is made longer by
         prompts of that one's, and one of them alone is brief and not sent ahead, as others' may come."""
@@ -258,17 +266,55 @@ class Mux(Adbs):
     def _gathered(
         self, plan: Plan, order: list[tuple[ModelSnapshot, list[Waiting]]]
     ) -> list[tuple[ModelSnapshot, list[Waiting]]]:
-        """Models whose prompts do not wait for others to share a job with: none does where nothing decodes
-        meanwhile, nor where somebody makes it crowded."""
+        """The prompts that do not wait for a lease to take them along, or for others to share a job with:
+        none does where nothing decodes meanwhile, nor where somebody makes it crowded."""
         decoding = any(job.kind == "decode" for job in plan.jobs)
         if not order or not decoding or self._lost or self._tenants.crowded:
             return order
         pace = self._expected(plan)
-        until = {model.model: self._company.until(model, queue, pace) for model, queue in order}
-        ready = [each for each in order if until[each[0].model] <= self._now]
-        if not ready:
-            plan.decisions.append(AskAgain(min(until.values())))
+        ready, later = [], []
+        for model, queue in order:
+            if room := self._room_to_join(plan, model):
+                until = [self._company.lease_until(model, w, pace, room) for w in queue]
+            else:
+                until = [self._company.until(model, queue, pace)] * len(queue)
+            if now := [w for w, at in zip(queue, until, strict=True) if at <= self._now]:
+                ready.append((model, now))
+            later += [at for at in until if at > self._now]
+        if later and not ready:
+            plan.decisions.append(AskAgain(min(later)))
         return ready
+
+    def _room_to_join(self, plan: Plan, model: ModelSnapshot) -> int:
+        """Most tokens of prompts that a lease of the model takes along: as much again as a step and a prefill
+        job take anyway, so that nobody's next token is late by much. 0: none."""
+        joins = plan.joins and self._options.gather and model.running and not self._tenants.crowded
+        if not joins or self._target(plan):
+            return 0
+        name, rows = model.model, len(model.running)
+        much = self._latency.step(name, rows) + self._latency.prefill(name, 1)
+        return max(0, min(self._latency.prompt(name, much), self._options.chunk_tokens - rows))
+
+    def _join(self, plan: Plan, model: ModelSnapshot) -> None:
+        if not (model.waiting and (room := self._room_to_join(plan, model))):
+            return
+        queue = plan.queue(model)
+        self._sort(model, queue)
+        plan.join(model, queue, room, lambda m, w, need: self._may_join(plan, m, w, need))
+
+    def _may_join(self, plan: Plan, model: ModelSnapshot, waiting: Waiting, need: int) -> bool:
+        return self._may_begin(plan, model, waiting) and self._borrowing(plan, model, waiting, need)
+
+    def _takes_along(self, plan: Plan, model: ModelSnapshot) -> bool:
+        if not (model.waiting and (room := self._room_to_join(plan, model))):
+            return False
+        slots = plan.slots[model.model]
+        return any(
+            w.tokens - w.computed <= room
+            and (w.open or (slots and self._may_join(plan, model, w, model.missing(w))))
+            for w in plan.queue(model)
+            if plan.joinable(w)
+        )
 
     def _key(self, waiting: Waiting, due: float, left: float) -> Key:
         """Smaller goes first. left: seconds that it takes alone until what is due is there."""
@@ -344,7 +390,8 @@ class Mux(Adbs):
             return super()._budget(plan, model)
         budget = self._pace.budget(model.model, self._options.turn_seconds)
         if model.model in self._brief:
-            return min(budget, self._latency.prompt(model.model, BRIEF))
+            longer = (BRIEF - 1) * self._latency.prefill(model.model, 1)
+            return min(budget, max(LEAST, self._latency.prompt(model.model, longer)))
         return budget
 
     # Leases

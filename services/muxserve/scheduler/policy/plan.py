@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from muxserve.scheduler.policy.interface import (
     Chunk,
@@ -27,6 +27,10 @@ from muxserve.scheduler.policy.interface import (
 
 LEAST_CHUNK = 16
 """A prompt is not begun with fewer tokens than this at the end of another's chunk."""
+
+
+Admit = Callable[[ModelSnapshot, Waiting, int], bool]
+"""Whether a new sequence may begin, for which so many blocks are needed."""
 
 
 @dataclass(slots=True)
@@ -70,6 +74,7 @@ class Plan:
         self.models = {m.model: m for m in snapshot.models}
         self.jobs = snapshot.jobs
         self.lanes = snapshot.lanes
+        self.joins = snapshot.joins
         prefilling = [job for job in snapshot.jobs if job.kind == "prefill"]
         self.prefilling = bool(prefilling)
         self.takes_prompts = all(job.ends_soon for job in prefilling)
@@ -97,10 +102,6 @@ class Plan:
         self._gone.add(waiting.sequence)
 
     # Blocks
-
-    def need(self, model: ModelSnapshot, waiting: Waiting) -> int:
-        """Blocks that beginning `waiting` takes: for all its known tokens."""
-        return (model.spans(waiting.tokens) - waiting.groups) * model.blocks_per_span
 
     def headroom(self, model: ModelSnapshot | None = None) -> int:
         """Blocks to leave for the next leases of what runs, on average: without them, admission means
@@ -170,7 +171,7 @@ class Plan:
         model: ModelSnapshot,
         queue: Iterable[Waiting],
         budget: int,
-        admit: Callable[[ModelSnapshot, Waiting, int], bool],
+        admit: Admit,
     ) -> tuple[Chunk, ...]:
         """Chunks for up to `budget` tokens. A new sequence takes part if there is a slot and `admit(model,
         waiting, need)`; after the first that may not, only those that were begun do."""
@@ -185,18 +186,23 @@ class Plan:
             size = min(left, budget)
             if size == 0 or (chunks and size < min(left, LEAST_CHUNK)):
                 break
-            if not waiting.open:
-                need = self.need(model, waiting)
-                if self.slots[model.model] == 0 or not admit(model, waiting, need):
-                    closed = True
-                    continue
-                self.slots[model.model] -= 1
-                self.seated[model.model] += 1
-                self.available -= need
-                self.held[model.model] += need
+            if not waiting.open and not self._begin(model, waiting, admit):
+                closed = True
+                continue
             chunks.append(Chunk(waiting.sequence, waiting.computed, waiting.computed + size))
             budget -= size
         return tuple(chunks)
+
+    def _begin(self, model: ModelSnapshot, waiting: Waiting, admit: Admit) -> bool:
+        """Give a new sequence its slot and blocks, if it may have them."""
+        need = model.missing(waiting)
+        if self.slots[model.model] == 0 or not admit(model, waiting, need):
+            return False
+        self.slots[model.model] -= 1
+        self.seated[model.model] += 1
+        self.available -= need
+        self.held[model.model] += need
+        return True
 
     def prefill(self, model: ModelSnapshot, chunks: tuple[Chunk, ...], share: float | None = None) -> None:
         """Start that job."""
@@ -278,6 +284,36 @@ class Plan:
         self._started.update(sequences)
         return True
 
+    def joinable(self, waiting: Waiting) -> bool:
+        """Whether what is left of its prompt could be computed in a decode job."""
+        return not waiting.in_job and waiting.sequence not in self._started
+
+    def join(self, model: ModelSnapshot, queue: Iterable[Waiting], budget: int, admit: Admit) -> None:
+        """Have the decode job that was decided on last take along those of `queue` whose prompts are, what is
+        left of them, no more than `budget` tokens together, if there are blocks for all of its steps."""
+        job = self.decisions[-1]
+        assert isinstance(job, DecodeJob)
+        chunks = []
+        for waiting in queue:
+            left = waiting.tokens - waiting.computed
+            if left > budget or not self.joinable(waiting):
+                continue
+            most = waiting.tokens + job.steps
+            most = (min(most, waiting.limit) if waiting.limit else most) - 1
+            held = max(waiting.groups, model.spans(waiting.tokens))
+            more = max(0, model.spans(most) - held) * model.blocks_per_span
+            if more + (0 if waiting.open else model.missing(waiting)) > self._room(model):
+                continue
+            if not waiting.open and not self._begin(model, waiting, admit):
+                break
+            self.available -= more
+            self.held[model.model] += more
+            budget -= left
+            chunks.append(Chunk(waiting.sequence, waiting.computed, waiting.tokens))
+        if chunks:
+            self.decisions[-1] = replace(job, prompts=tuple(chunks))
+            self._started.update(chunk.sequence for chunk in chunks)
+
     def start_leases(self, start: Callable[[list[str]], object]) -> None:
         """Call `start` with the models that could decode, to give one of them a lease, until it decides
         nothing more: a preemption alone may let somebody decode who was passed over."""
@@ -287,10 +323,15 @@ class Plan:
             start(able)
             settled = len(self.decisions) == decided
 
-    def end_leases(self, joins: Callable[[ModelSnapshot, Running], bool]) -> None:
-        """End leases that keep a sequence for which `joins` from its batch. Each does a step at least:
-        models whose batches change all the time get on too."""
-        for job in self._endable():
+    def end_leases(
+        self,
+        joins: Callable[[ModelSnapshot, Running], bool],
+        takes_along: Callable[[ModelSnapshot], bool] = lambda _: False,
+    ) -> None:
+        """End leases that keep a sequence for which `joins` from its batch, and those whose model has prompts
+        that the next one `takes_along`. Each does a step at least: models whose batches change all the time
+        get on too."""
+        for job in self.endable():
             model = self.models[job.model]
             joiners = (
                 r
@@ -298,14 +339,14 @@ class Plan:
                 if not r.in_job
                 and (r.sequence in self._started or self.growth(model, r, 1) <= self._room(model))
             )
-            if any(joins(model, running) for running in joiners):
+            if any(joins(model, running) for running in joiners) or takes_along(model):
                 self.decisions.append(EndLease(job.job))
 
     def end_all_leases(self) -> None:
         """End every lease after the step that runs, for a job that is to come instead."""
-        self.decisions += [EndLease(job.job) for job in self._endable()]
+        self.decisions += [EndLease(job.job) for job in self.endable()]
 
-    def _endable(self) -> list[RunningJob]:
+    def endable(self) -> list[RunningJob]:
         """Leases that would not end by themselves before an order to end them arrives."""
         return [
             job
@@ -424,7 +465,7 @@ def rotated(names: Iterable[str], last: str) -> list[str]:
 
 def _holders(model: ModelSnapshot) -> Iterable[Holder]:
     for w in model.begun:
-        promised = (model.spans(w.tokens) - w.groups) * model.blocks_per_span
+        promised = model.missing(w)
         blocks = w.groups * model.blocks_per_span + promised
         yield Holder(w.arrival, w.sequence, model.model, blocks, promised, w.in_job, w.priority)
     for r in model.running:

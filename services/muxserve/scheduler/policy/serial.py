@@ -24,7 +24,7 @@ def oldest(model: ModelSnapshot) -> float:
 def prompt_waits(plan: Plan, model: ModelSnapshot, admit: Admit) -> bool:
     """Whether a prompt of the model could be computed now."""
     return any(
-        w.open or (plan.slots[model.model] and admit(model, w, plan.need(model, w))) for w in model.waiting
+        w.open or (plan.slots[model.model] and admit(model, w, model.missing(w))) for w in model.waiting
     )
 
 

@@ -12,7 +12,7 @@ late, and from who waits: see `Tenants.crowds`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from muxserve.scheduler.policy.interface import JobEnded, ModelSnapshot
 
@@ -51,9 +51,12 @@ class Tenants:
 
     def observe(self, event: JobEnded) -> None:
         """Charge what was served."""
-        weight = INPUT if event.kind == "prefill" else OUTPUT
+        self._charge(event.tenants, INPUT if event.kind == "prefill" else OUTPUT)
+        self._charge(event.prompts, INPUT)
+
+    def _charge(self, served: Mapping[str, float], weight: float) -> None:
         now = 2 ** ((self._now - self._origin) / HALF_LIFE)
-        for tenant, tokens in event.tenants.items():
+        for tenant, tokens in served.items():
             self._counters[tenant] = self._counters.get(tenant, self._last) + weight * tokens
             self._recent[tenant] = self._recent.get(tenant, 0.0) + now * weight * tokens
 
