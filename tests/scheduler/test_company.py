@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from muxserve.scheduler.policy.company import PATIENCE, Company
+from muxserve.scheduler.policy.company import LEASE_PATIENCE, PATIENCE, Company
 from muxserve.scheduler.policy.interface import JobEnded, ModelSnapshot, Waiting
 from muxserve.scheduler.policy.latency import Latency
 
@@ -66,3 +68,15 @@ def test_what_came_back_says_nothing_of_how_often_prompts_come() -> None:
     for number in range(50):
         made.look([model(prompt(number, now - 5 + 0.001 * number))])
     assert made.until(model(prompt(99, now)), [prompt(99, now)], PACE) <= now
+
+
+def test_where_its_model_decodes_a_short_prompt_waits_for_a_lease_a_long_one_does_not() -> None:
+    made, now = company(SELDOM)
+    short, long = prompt(99, now), prompt(100, now, tokens=65)
+    lone = model(short, long)
+    assert made.lease_until(lone, short, PACE, room=64) == pytest.approx(now + LEASE_PATIENCE * PACE)
+    assert made.lease_until(lone, long, PACE, room=64) == 0.0
+    half = replace(long, computed=1)
+    assert made.lease_until(lone, half, PACE, room=64) > now, "what is left of it counts"
+    assert made.lease_until(lone, prompt(101, now, emitted=True), PACE, room=64) == 0.0
+    assert made.lease_until(model(short, ttft=0.5), short, PACE, room=64) == 0.0

@@ -41,8 +41,8 @@ class SchedulerSettings(ServiceSettings):
     chunked: bool = True
     """Switch of `mux`: prompts come in chunks of about `turn_seconds`; off: of `chunk_seconds`."""
     gather: bool = True
-    """Switch of `mux`: short prompts wait for others of their model to share a job with, where these come
-    often."""
+    """Switch of `mux`: short prompts share a pass over the weights with what decodes of their model, or with
+    others that come soon."""
     borrow: bool = True
     """Switch of `mux`: blocks that nobody claims are lent beyond quotas; off: quotas are hard."""
     slack: bool = True

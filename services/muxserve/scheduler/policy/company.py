@@ -16,6 +16,9 @@ from muxserve.scheduler.policy.latency import Latency
 
 PATIENCE = 1.5
 """How many times as long as from one token to the next of those that decode a prompt waits at most."""
+LEASE_PATIENCE = 3.0
+"""The same where its model decodes: so many steps may pass until a lease can have it, as one that has not
+done a step is not ended, and models take turns."""
 ENOUGH = 3.0
 """How many times as long as one for a single token a job takes that is not made to wait."""
 NEWEST = 0.1
@@ -72,4 +75,4 @@ class Company:
         than `room` tokens."""
         if model.ttft_target or waiting.emitted or waiting.tokens - waiting.computed > room:
             return 0.0
-        return waiting.arrival + PATIENCE * pace
+        return waiting.arrival + LEASE_PATIENCE * pace

@@ -93,8 +93,8 @@ class Plan:
         self._started: set[int] = set()
         """Sequences in jobs that were decided here: they do not give way before the next decision."""
         self._decoding = {job.model for job in snapshot.jobs if job.kind == "decode" and not job.ends_soon}
-        self._leases = len([j for j in snapshot.jobs if j.kind == "decode" and not j.ends_soon])
-        """Decode jobs started that are not about to end."""
+        """Models with a decode job that is not about to end. One that is, and the one that follows it, are
+        one: they run in one lane."""
 
     def refuse(self, waiting: Waiting, retry_after: float) -> None:
         """Turn it away."""
@@ -226,7 +226,7 @@ class Plan:
     def decodable(self) -> list[str]:
         """Models that could start a decode job, by name. None if there is one for every lane that is not
         about to end: which model comes next is decided as late as can be."""
-        if self._leases >= self.lanes:
+        if len(self._decoding) >= self.lanes:
             return []
         return [
             name
@@ -280,7 +280,6 @@ class Plan:
         borrow = self._borrows(model)
         self.decisions.append(DecodeJob(model.model, sequences, steps, share, borrow, exclusive))
         self._decoding.add(model.model)
-        self._leases += 1
         self._started.update(sequences)
         return True
 
