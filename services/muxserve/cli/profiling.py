@@ -134,8 +134,9 @@ class Bench:
         return max(0.0, statistics.median(first) - self._steps[model])
 
     async def busy_way(self, model: str) -> float:
-        """The same while sequences decode on all lanes. 0: nobody counts."""
-        models = self._many(model)[: self._wanted.lanes]
+        """The same while sequences decode on all lanes. 0: nobody counts, or no other model decodes, so that
+        the prompts are computed in its leases."""
+        models = self._others(model)[: self._wanted.lanes] or [model]
         steps = math.ceil(2 * SIDE_SECONDS / self._steps[model])
         async with self._traffic.decoding(dict.fromkeys(models, self._usual_batch), steps) as streams:
             before = await streams.meter()
@@ -154,15 +155,16 @@ class Bench:
     async def order(self, model: str) -> float:
         """Seconds from the end of a prompt to the beginning of one that has waited for it, while sequences
         decode: those in which no prompt is computed, though one always waits."""
-        if not self._prompts[model]:
+        if not (lengths := sorted(self._prompts[model])):
             return 0.0
-        length = _middle(sorted(self._prompts[model]))
-        steps = math.ceil(2 * SIDE_SECONDS / self._steps[model])
+        other = next(iter(self._others(model)), None)
+        decoder, length = (other, _middle(lengths)) if other else (model, lengths[-1])
+        steps = math.ceil(2 * SIDE_SECONDS / self._steps.get(decoder, self._steps[model]))
         async with (
-            self._traffic.decoding({model: self._usual_batch}, steps) as streams,
+            self._traffic.decoding({decoder: self._usual_batch}, steps) as streams,
             self._traffic.fed(model, length, QUEUED),
         ):
-            pace = await streams.pace(model, SIDE_SECONDS)
+            pace = await streams.pace(decoder, SIDE_SECONDS)
         if not (jobs := pace.spent.prompts):
             return 0.0
         return max(0.0, pace.seconds / jobs - _prompt_seconds(pace.spent))
@@ -182,8 +184,12 @@ class Bench:
 
     def _many(self, model: str) -> list[str]:
         """This one and others, twice as many as run side by side if there are so many."""
-        others = [name for name in self._wanted.company if name != model]
-        return [model, *others][: 2 * self._wanted.lanes]
+        return [model, *self._others(model)][: 2 * self._wanted.lanes]
+
+    def _others(self, model: str) -> list[str]:
+        """Models whose sequences decode beside prompts of this one, or the other way round: its own would
+        have short prompts computed in their leases."""
+        return [name for name in self._wanted.company if name != model]
 
     @property
     def _usual_batch(self) -> int:
@@ -208,7 +214,8 @@ class Bench:
         together: dict[int, float] = {}
         for batch in batches:
             if batch in looked and known:
-                found = await self._beside(model, batch, _middle(known))
+                apart = _middle(known) if self._others(model) else known[-1]
+                found = await self._beside(model, batch, apart)
                 step = alone[str(batch)][str(known[0])]["decoding"] / 1e3
                 prefills.append(found.prefill)
                 decode[batch] = max(1.0, found.decode.step / step)
@@ -264,16 +271,16 @@ class Bench:
     async def _beside(self, model: str, batch: int, length: int) -> Beside:
         """Of prompts of `length` and steps of `batch`."""
         traffic, steps = self._traffic, math.ceil(2 * SIDE_SECONDS / self._steps[model])
+        other = next(iter(self._others(model)), None)
         async with (
             traffic.decoding({model: batch}, steps) as streams,
-            traffic.fed(model, length, FEEDERS) as beside,
+            traffic.fed(other or model, length, FEEDERS) as beside,
         ):
             decode = await streams.pace(model, SIDE_SECONDS)
-        async with traffic.fed(model, length, FEEDERS) as alone:
+        async with traffic.fed(other or model, length, FEEDERS) as alone:
             await asyncio.sleep(SIDE_SECONDS)
         prefill = beside.seconds / alone.seconds if alone.done > 1 and beside.done > 1 else 1.0
         together = None
-        other = next((name for name in self._wanted.company if name != model), None)
         if other is not None and self._wanted.lanes > 1:
             async with traffic.decoding({model: batch, other: batch}, steps) as streams:
                 together = await streams.pace(model, SIDE_SECONDS)
