@@ -17,10 +17,10 @@ def counted(jobs: int, steps: int, slower: float, batch: int = 4) -> scheduler_p
     return scheduler_pb2.UnitModelStatus(
         model="m",
         prefill_jobs=jobs,
-        prefill_tokens=32 * jobs,
+        prefill_job_tokens=32 * jobs,
         prefill_seconds=slower * jobs * COSTS.prefill("m", 1, 1.0, 1, 32),
         decode_steps=steps,
-        generated_tokens=steps * batch + jobs,
+        decode_step_tokens=steps * batch,
         decode_seconds=slower * steps * COSTS.decode("m", 1, 1.0, batch, CONTEXT),
     )
 

@@ -81,7 +81,10 @@ async def test_a_lease_that_ends_for_somebody_who_joins_is_followed_at_once(sett
     assert joined, "short prompts go along with what decodes"
     assert worker.cut_short and all(worker.cut_short), "the next lease was there"
     assert all(not job.prompts or set(job.prompts) < set(job.sequences) for job in joined)
-    assert (await running.status()).models[0].prefill_tokens == 3 + 2 + 2
+    counted = (await running.status()).models[0]
+    assert counted.prefill_tokens == 3 + 2 + 2
+    assert counted.prefill_job_tokens == 7 - 2 * sum(len(job.prompts) for job in joined)
+    assert counted.decode_step_tokens < counted.generated_tokens == 100, "of leases without prompts"
     await eventually(lambda: worker.available == 400)
 
 

@@ -547,6 +547,8 @@ class UnitModelStatus(_message.Message):
     PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
     DECODE_STEPS_FIELD_NUMBER: _builtins.int
     DECODE_SECONDS_FIELD_NUMBER: _builtins.int
+    PREFILL_JOB_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_STEP_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     running: _builtins.int
@@ -574,9 +576,13 @@ class UnitModelStatus(_message.Message):
     prefill_seconds: _builtins.float
     """Seconds that the device spent on them: while a decode job ran beside one, half of the time counts."""
     decode_steps: _builtins.int
-    """Decode steps that ended well, since the scheduler began."""
+    """Decode steps that ended well, since the scheduler began: of jobs that computed no prompts beside them."""
     decode_seconds: _builtins.float
     """Seconds that the device spent on them, counted as for prefill jobs."""
+    prefill_job_tokens: _builtins.int
+    """Prompt tokens that the prefill jobs computed."""
+    decode_step_tokens: _builtins.int
+    """Tokens that came of the decode steps."""
     def __init__(
         self,
         *,
@@ -595,10 +601,12 @@ class UnitModelStatus(_message.Message):
         prefill_seconds: _builtins.float = ...,
         decode_steps: _builtins.int = ...,
         decode_seconds: _builtins.float = ...,
+        prefill_job_tokens: _builtins.int = ...,
+        decode_step_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_seconds", b"decode_seconds", "decode_steps", b"decode_steps", "finished_output_tokens", b"finished_output_tokens", "finished_prompt_tokens", b"finished_prompt_tokens", "finished_requests", b"finished_requests", "generated_tokens", b"generated_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_jobs", b"prefill_jobs", "prefill_seconds", b"prefill_seconds", "prefill_tokens", b"prefill_tokens", "quota_blocks", b"quota_blocks", "refusals", b"refusals", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_seconds", b"decode_seconds", "decode_step_tokens", b"decode_step_tokens", "decode_steps", b"decode_steps", "finished_output_tokens", b"finished_output_tokens", "finished_prompt_tokens", b"finished_prompt_tokens", "finished_requests", b"finished_requests", "generated_tokens", b"generated_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_job_tokens", b"prefill_job_tokens", "prefill_jobs", b"prefill_jobs", "prefill_seconds", b"prefill_seconds", "prefill_tokens", b"prefill_tokens", "quota_blocks", b"quota_blocks", "refusals", b"refusals", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,13 +60,13 @@ class Speeds:
         costs = MachineCosts({status.model: footprint}, ceilings(device, compute_units))
         jobs = status.prefill_jobs - before.prefill_jobs
         if jobs > 0:
-            tokens = max(1, status.prefill_tokens - before.prefill_tokens) / jobs
+            tokens = max(1, status.prefill_job_tokens - before.prefill_job_tokens) / jobs
             predicted = jobs * costs.prefill(status.model, 1, 1.0, 1, tokens)
             seen = status.prefill_seconds - before.prefill_seconds
             self._prefill.setdefault(worker, _Balance()).add(seen, predicted)
         steps = status.decode_steps - before.decode_steps
         if steps > 0:
-            batch = max(1.0, (status.generated_tokens - before.generated_tokens - max(0, jobs)) / steps)
+            batch = max(1.0, (status.decode_step_tokens - before.decode_step_tokens) / steps)
             predicted = steps * costs.decode(status.model, 1, 1.0, batch, CONTEXT)
             seen = status.decode_seconds - before.decode_seconds
             self._decode.setdefault(worker, _Balance()).add(seen, predicted)

@@ -179,7 +179,8 @@ class Reports:
         if not done.refused and tokens:
             steps = max(1, done.steps)
             runs = steps if decoded else 1
-            self._tally.took(job.kind, job.model, runs, done.seconds, beside)
+            if not job.prompts:
+                self._tally.took(job.kind, job.model, runs, done.seconds, beside, tokens)
             self._policy.observe(
                 JobEnded(
                     job.kind,

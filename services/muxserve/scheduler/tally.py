@@ -15,10 +15,11 @@ BESIDE = 0.5
 
 @dataclass(slots=True)
 class Spent:
-    """Jobs or steps, and seconds of the device."""
+    """Jobs or steps, seconds of the device, and tokens that came of them."""
 
     runs: int = 0
     seconds: float = 0.0
+    tokens: int = 0
 
 
 NOTHING = Spent()
@@ -51,11 +52,12 @@ class Tally:
         self.finished_prompt[request.model] += len(request.queued.prompt_tokens)
         self.finished_output[request.model] += len(request.output)
 
-    def took(self, kind: str, model: str, runs: int, seconds: float, beside: float) -> None:
-        """A job ended well: `runs` jobs or steps in `seconds`, of which the part `beside` had a job of the
-        other kind beside it."""
+    def took(self, kind: str, model: str, runs: int, seconds: float, beside: float, tokens: int) -> None:
+        """A job of one kind alone ended well: `runs` jobs or steps in `seconds`, of which the part `beside`
+        had a job of the other kind beside it, and so many tokens."""
         spent = self.spent.setdefault((kind, model), Spent())
         spent.runs += runs
+        spent.tokens += tokens
         spent.seconds += seconds * (1 - BESIDE * beside)
 
     def status(
@@ -83,6 +85,8 @@ class Tally:
                 prefill_seconds=self.spent.get(("prefill", name), NOTHING).seconds,
                 decode_steps=self.spent.get(("decode", name), NOTHING).runs,
                 decode_seconds=self.spent.get(("decode", name), NOTHING).seconds,
+                prefill_job_tokens=self.spent.get(("prefill", name), NOTHING).tokens,
+                decode_step_tokens=self.spent.get(("decode", name), NOTHING).tokens,
             )
             for name, quota in quotas.items()
         ]
