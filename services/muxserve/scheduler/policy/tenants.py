@@ -6,7 +6,7 @@ those that wait, so that nobody saves up a right to crowd others out. Here that 
 request of a tenant that returns goes before those of one that was there all the time.
 
 Counters say whose turn it is; they do not say who makes it crowded. That is told from what each was served of
-late, and from who waits: see `Tenants.crowds`.
+late, and from who is there: see `Tenants.crowds`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ HALF_LIFE = 20.0
 """Seconds in which half of what was served is forgotten, where it is asked who makes it crowded."""
 CROWD = 1.5
 """How many times as much as tenants had on average somebody has who makes it crowded."""
-QUEUE = 6
-"""Requests that somebody has waiting, and ..."""
-LONGEST = 2.0
+MANY = 8
+"""Requests that somebody has, waiting or running, and ..."""
+TIMES = 2.0
 """... how many times as many as anybody else, who makes it crowded right now: before it shows in what was
 served."""
 REBASE = 40
@@ -90,14 +90,15 @@ class Tenants:
         """Of the tenants that wait or run. Nobody crowds without company."""
         if len(self._recent) < 2:
             return frozenset()
-        there = {r.tenant for m in models for r in m.running}.union(queue)
+        there = Counter(r.tenant for m in models for r in m.running)
+        there.update(queue)
         if len(there) < 2:
             return frozenset()
         had = {tenant: self._recent.get(tenant, 0.0) for tenant in there}
         much = CROWD * sum(had.values()) / len(had)
         crowding = {tenant for tenant, tokens in had.items() if tokens > much}
-        (first, most), (_, next_most) = [*queue.most_common(2), ("", 0), ("", 0)][:2]
-        if most >= QUEUE and most > LONGEST * next_most:
+        (first, most), (_, next_most) = there.most_common(2)
+        if most >= MANY and most > TIMES * next_most:
             crowding.add(first)
         return frozenset(crowding)
 
