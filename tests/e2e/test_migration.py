@@ -23,7 +23,7 @@ from muxserve.v1 import admin_pb2
 from tests.e2e.conftest import Cluster, running
 from tests.engine.model_factory import make_model
 
-STREAMS, TOKENS = 4, 900
+STREAMS, TOKENS = 4, 1800
 NEAR_TIE = 5e-5
 """Between log-probabilities: more than what float32 makes of another order of additions."""
 PHASES = ["LOADING", "HANDING_OVER", "DRAINING", "UNLOADING"]
