@@ -47,7 +47,7 @@ def snapshot(models: int, running: int, waiting: int, decodes: int, turn: int) -
     jobs = [RunningJob(1, "prefill", "model-00")]
     jobs += [RunningJob(2 + n, "decode", f"model-{n:02}") for n in range(decodes)]
     used = sum(m.held for m in made)
-    return Snapshot(tuple(made), Pool(TOTAL, TOTAL - used), tuple(jobs), lanes=1)
+    return Snapshot(tuple(made), Pool(TOTAL, TOTAL - used), tuple(jobs), lanes=1, joins=True)
 
 
 def measure(policy: str, models: int, running: int, waiting: int, decodes: int, count: int) -> list[float]:

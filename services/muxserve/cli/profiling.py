@@ -158,11 +158,11 @@ class Bench:
         if not (lengths := sorted(self._prompts[model])):
             return 0.0
         other = next(iter(self._others(model)), None)
-        decoder, length = (other, _middle(lengths)) if other else (model, lengths[-1])
+        decoder = other or model
         steps = math.ceil(2 * SIDE_SECONDS / self._steps.get(decoder, self._steps[model]))
         async with (
             self._traffic.decoding({decoder: self._usual_batch}, steps) as streams,
-            self._traffic.fed(model, length, QUEUED),
+            self._traffic.fed(model, self._apart(model, lengths), QUEUED),
         ):
             pace = await streams.pace(decoder, SIDE_SECONDS)
         if not (jobs := pace.spent.prompts):
@@ -191,6 +191,11 @@ class Bench:
         have short prompts computed in their leases."""
         return [name for name in self._wanted.company if name != model]
 
+    def _apart(self, model: str, lengths: Sequence[int]) -> int:
+        """Which of these, shortest first, prompts are to have that no lease takes along: the longest, where
+        no other model decodes."""
+        return _middle(lengths) if self._others(model) else lengths[-1]
+
     @property
     def _usual_batch(self) -> int:
         return sorted(self._wanted.batches)[len(self._wanted.batches) // 2]
@@ -214,8 +219,7 @@ class Bench:
         together: dict[int, float] = {}
         for batch in batches:
             if batch in looked and known:
-                apart = _middle(known) if self._others(model) else known[-1]
-                found = await self._beside(model, batch, apart)
+                found = await self._beside(model, batch, self._apart(model, known))
                 step = alone[str(batch)][str(known[0])]["decoding"] / 1e3
                 prefills.append(found.prefill)
                 decode[batch] = max(1.0, found.decode.step / step)

@@ -167,14 +167,15 @@ class Seats:
         prompts = {chunk.sequence: chunk for chunk in order.prompts}
         joining = []
         for request in requests:
-            sequence = request.sequence or self._open(request)
-            length = self.length(request)
+            sequence, length = request.sequence, self.length(request)
             if (chunk := prompts.get(request.number)) is not None:
+                sequence = sequence or self._open(request)
                 joining.append(sequence.number)
                 job.prompts[request.queued.tenant] += chunk.end - chunk.start
                 job.context += chunk.start
             else:
                 job.context += length
+            assert sequence is not None, "the policy decodes what runs"
             job.ends[sequence.number] = length + order.steps
             # The last token's KV is never written.
             self._join(job, sequence, min(job.ends[sequence.number] - 1, request.limit - 1))

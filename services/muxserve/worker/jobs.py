@@ -89,14 +89,19 @@ def _chunk(
     """What is left to compute of a chunk, if anything."""
     if not _admit(sequence, chunk.end, order, book, made):
         return None
-    cached = min(sequence.computed, chunk.end) - chunk.start
-    made.cached_tokens += cached
-    book.count(sequence, chunk.end - chunk.start, cached)
+    _count(sequence, chunk.start, chunk.end, book, made)
     if sequence.computed >= chunk.end:
         sequence.ordered = chunk.end
         return None
     sampling = sequence.sampling if chunk.end == sequence.known else None
     return PrefillChunk(sequence.slot, sequence.computed, chunk.end, sequence.limit, sampling)
+
+
+def _count(sequence: Sequence, start: int, end: int, book: SequenceBook, made: Plan) -> None:
+    """Tokens `[start, end)` are taken into the job: how many of them the prefix cache had."""
+    cached = min(sequence.computed, end) - start
+    made.cached_tokens += cached
+    book.count(sequence, end - start, cached)
 
 
 def _row(number: int, order: DecodeOrder, book: SequenceBook, made: Plan) -> DecodeRow | None:
@@ -118,9 +123,7 @@ def _row(number: int, order: DecodeOrder, book: SequenceBook, made: Plan) -> Dec
         return None
     if not joins:
         return DecodeRow(sequence.slot, sequence.known, sequence.limit, sequence.sampling)
-    cached = sequence.computed - sequence.ordered
-    made.cached_tokens += cached
-    book.count(sequence, sequence.known - sequence.ordered, cached)
+    _count(sequence, sequence.ordered, sequence.known, book, made)
     made.prompts.add(sequence.slot)
     return DecodeRow(sequence.slot, sequence.known, sequence.limit, sequence.sampling, sequence.computed)
 

@@ -300,20 +300,25 @@ class Mux(Adbs):
             return
         queue = plan.queue(model)
         self._sort(model, queue)
-        plan.join(model, queue, room, lambda m, w, need: self._may_join(plan, m, w, need))
-
-    def _may_join(self, plan: Plan, model: ModelSnapshot, waiting: Waiting, need: int) -> bool:
-        return self._may_begin(plan, model, waiting) and self._borrowing(plan, model, waiting, need)
+        plan.join(
+            model,
+            queue,
+            room,
+            lambda m, w, need: self._may_begin(plan, m, w) and self._borrowing(plan, m, w, need),
+        )
 
     def _takes_along(self, plan: Plan, model: ModelSnapshot) -> bool:
         if not (model.waiting and (room := self._room_to_join(plan, model))):
             return False
-        slots = plan.slots[model.model]
+        short = [w for w in model.waiting if w.tokens - w.computed <= room and plan.joinable(w)]
+        if any(w.open for w in short):
+            return True
+        if not short or not plan.slots[model.model]:
+            return False
+        strain = self._strain(plan, model)
         return any(
-            w.tokens - w.computed <= room
-            and (w.open or (slots and self._may_join(plan, model, w, model.missing(w))))
-            for w in plan.queue(model)
-            if plan.joinable(w)
+            strain <= self._reserve(w.tenant) and self._borrowing(plan, model, w, model.missing(w))
+            for w in short
         )
 
     def _key(self, waiting: Waiting, due: float, left: float) -> Key:
@@ -327,13 +332,14 @@ class Mux(Adbs):
 
     def _may_begin(self, plan: Plan, model: ModelSnapshot, waiting: Waiting) -> bool:
         """Whether one more sequence leaves the others their pace."""
-        if not self._options.slack:
-            return True
-        count = plan.seated[model.model]
-        if not count:
-            return True
+        return self._strain(plan, model) <= self._reserve(waiting.tenant)
+
+    def _strain(self, plan: Plan, model: ModelSnapshot) -> float:
+        """Pace of all that decode, with one more sequence of the model, over what `_cycle_limit` allows."""
+        if not self._options.slack or not plan.seated[model.model]:
+            return 0.0
         pace = self._expected(plan, {model.model: 1}) * self._slip.of_all(plan.seated)
-        return pace <= self._cycle_limit(plan, model.model) * self._reserve(waiting.tenant)
+        return pace / self._cycle_limit(plan, model.model)
 
     def _reserve(self, tenant: str) -> float:
         """How far beyond the limit of `_cycle_limit` sequences of the tenant may go."""

@@ -161,10 +161,14 @@ class Plan:
     def queue(self, model: ModelSnapshot) -> list[Waiting]:
         """Waiting sequences with something left to compute in the order of service: begun ones first, then by
         priority if that counts, and age."""
-        left = (w for w in model.waiting if w.computed < w.tokens and w.sequence not in self._gone)
+        left = filter(self._unfinished, model.waiting)
         if self._priorities:
             return sorted(left, key=lambda w: (not w.open, -w.priority, w.arrival, w.sequence))
         return sorted(left, key=lambda w: (not w.open, w.arrival, w.sequence))
+
+    def _unfinished(self, waiting: Waiting) -> bool:
+        """Whether there is something left to compute of it, and it did not give way here."""
+        return waiting.computed < waiting.tokens and waiting.sequence not in self._gone
 
     def chunks(
         self,
@@ -285,7 +289,8 @@ class Plan:
 
     def joinable(self, waiting: Waiting) -> bool:
         """Whether what is left of its prompt could be computed in a decode job."""
-        return not waiting.in_job and waiting.sequence not in self._started
+        ours = waiting.in_job or waiting.sequence in self._started
+        return not ours and self._unfinished(waiting)
 
     def join(self, model: ModelSnapshot, queue: Iterable[Waiting], budget: int, admit: Admit) -> None:
         """Have the decode job that was decided on last take along those of `queue` whose prompts are, what is
@@ -330,7 +335,7 @@ class Plan:
         """End leases that keep a sequence for which `joins` from its batch, and those whose model has prompts
         that the next one `takes_along`. Each does a step at least: models whose batches change all the time
         get on too."""
-        for job in self.endable():
+        for job in self._endable():
             model = self.models[job.model]
             joiners = (
                 r
@@ -343,9 +348,9 @@ class Plan:
 
     def end_all_leases(self) -> None:
         """End every lease after the step that runs, for a job that is to come instead."""
-        self.decisions += [EndLease(job.job) for job in self.endable()]
+        self.decisions += [EndLease(job.job) for job in self._endable()]
 
-    def endable(self) -> list[RunningJob]:
+    def _endable(self) -> list[RunningJob]:
         """Leases that would not end by themselves before an order to end them arrives."""
         return [
             job
