@@ -57,7 +57,7 @@ class Gateway:
         self._placements = placements
         self._queue = queue
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="text")
-        self._table = RequestTable(settings.max_requests)
+        self._table = RequestTable(settings.max_requests, settings.longest_wait)
         self._withdrawals = Withdrawals(queue)
         self._changed = asyncio.Event()
         self._empty = asyncio.Event()
@@ -119,7 +119,7 @@ class Gateway:
         tokenizer = await self._tokenizer(request, model)
         queued = await self._resolve(request, model, tokenizer)
         self._stamp(queued, request_id, seconds)
-        live = self._table.open(queued)
+        live = self._table.open(queued, eager=bool(request.stop))
         late = DeadlineExceeded(f"the request did not end within {seconds:.3g} s")
         expiry = asyncio.get_running_loop().call_later(seconds, live.fail, late)
         admission = self._queue.admit(queued, self._settings.max_waiting)

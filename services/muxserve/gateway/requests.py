@@ -25,6 +25,7 @@ from muxserve.common.errors import (
     ServiceError,
     Unavailable,
 )
+from muxserve.gateway.pacing import Pacer
 from muxserve.v1 import common_pb2, scheduler_pb2
 
 UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
@@ -46,6 +47,8 @@ class LiveRequest:
     """A request that a client waits for."""
 
     queued: scheduler_pb2.QueuedRequest
+    eager: bool = False
+    """Whether its client is told of each token at once: it has stop strings, and any token may end it."""
     admission: asyncio.Task[str] | None = None
     """Puts it into its model's queue; results in the entry's id."""
     attempt: int = 0
@@ -84,8 +87,8 @@ class LiveRequest:
             return False
         self.logprobs.extend(tokens.logprobs[have - tokens.index :])
         self.finish_reason = tokens.finish_reason
-        if self.over:
-            self._news.set()
+        if self.over or self.news:
+            self.tell()
         return True
 
     def extend(self, index: int, token_ids: list[int]) -> bool:
@@ -95,16 +98,23 @@ class LiveRequest:
         if index > have:
             self.fail(Internal(f"tokens from {index} on do not continue the {have} received"))
             return False
-        if index + len(token_ids) > have:
-            self.token_ids += token_ids[have - index :]
-            self._news.set()
+        self.token_ids += token_ids[have - index :]
         return True
+
+    @property
+    def news(self) -> bool:
+        """Whether there are tokens that were not taken."""
+        return self.taken < len(self.token_ids)
+
+    def tell(self) -> None:
+        """Let its client have what there is."""
+        self._news.set()
 
     def fail(self, error: ServiceError) -> None:
         """End the request with `error`; tokens not yet taken are dropped."""
         if not self.over:
             self.error = error
-            self._news.set()
+            self.tell()
 
     async def take(self) -> Batch:
         """Wait for news and take all there is. Raises what the request failed with."""
@@ -118,10 +128,16 @@ class LiveRequest:
 
 
 class RequestTable:
-    """All requests in flight, at most `limit`."""
+    """All requests in flight, at most `limit`.
 
-    def __init__(self, limit: int) -> None:
+    What a request gets first and last is told at once, and so are log-probabilities and errors, which come as
+    events. For others `Pacer` has the rule.
+    """
+
+    def __init__(self, limit: int, longest_wait: float = 0.0) -> None:
+        """`longest_wait` of tokens for later ones, in seconds."""
         self._limit = limit
+        self._pacer = Pacer(longest_wait)
         self._live: dict[str, LiveRequest] = {}
         self._numbers: dict[str, dict[int, LiveRequest]] = defaultdict(dict)
         """By scheduler: what new tokens of its stream call the requests that it has told of."""
@@ -137,10 +153,10 @@ class RequestTable:
         if len(self._live) >= self._limit:
             raise Overloaded(f"this gateway has {self._limit} requests in flight and takes no more")
 
-    def open(self, queued: scheduler_pb2.QueuedRequest) -> LiveRequest:
-        """Raises Overloaded."""
+    def open(self, queued: scheduler_pb2.QueuedRequest, eager: bool = False) -> LiveRequest:
+        """`eager`: as of the request. Raises Overloaded."""
         self.check_room()
-        live = self._live[queued.request_id] = LiveRequest(queued)
+        live = self._live[queued.request_id] = LiveRequest(queued, eager)
         return live
 
     def close(self, live: LiveRequest) -> bool:
@@ -167,6 +183,10 @@ class RequestTable:
                 continue  # an older attempt, or one that has ended here
             elif not live.extend(index, token_ids[start:end]):
                 answers.append(cancel(live.id))
+            elif live.eager or not live.taken:
+                live.tell()
+            elif live.news:
+                self._pacer.hold(live.tell, len(self))
         return answers
 
     def handle(

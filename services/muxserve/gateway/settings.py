@@ -18,6 +18,9 @@ class GatewaySettings(ServiceSettings):
     """Requests that may wait in a model's queue; more are refused with RESOURCE_EXHAUSTED."""
     default_deadline: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds that a request has whose client set no deadline."""
+    longest_wait: float = Field(0.1, ge=0, le=10, allow_inf_nan=False)
+    """Seconds that tokens may wait, when many requests are in flight, to share a message with later ones; 0:
+    none ever waits. `muxserve.gateway.pacing` has the rule."""
     drain: float = Field(3.0, ge=0, allow_inf_nan=False)
     """Seconds that running requests have when the gateway stops; those left over are cancelled."""
     max_message_bytes: Bytes = Field(MAX_MESSAGE_BYTES, validate_default=True)
