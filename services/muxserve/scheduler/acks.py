@@ -16,6 +16,8 @@ LIMIT = 100_000
 """Acknowledgements kept while Redis is away. One that is lost makes a request that is over turn up again,
 and its gateway says that it does not know it."""
 BATCH = 500
+GATHER = 0.5
+"""Seconds for which the first one waits for others, to share a round trip with."""
 RETRY = 0.3
 """Seconds between attempts while Redis is away."""
 
@@ -46,6 +48,7 @@ class Acknowledger:
         away = False
         while True:
             await self._some.wait()
+            await asyncio.sleep(GATHER)
             try:
                 await self.flush()
                 away = False

@@ -219,6 +219,8 @@ class Latency:
         """What `step` said since the last observation."""
         self._lone: dict[str, float] = {}
         """The same of `lone_step`."""
+        self._cycles: dict[tuple[int, tuple[tuple[str, int], ...]], Cycle] = {}
+        """The same of `cycle`, by lanes and batches."""
 
     def observe(self, event: JobEnded) -> None:
         """Learn from a job."""
@@ -228,6 +230,7 @@ class Latency:
         seconds /= event.steps
         self._steps.clear()
         self._lone.clear()
+        self._cycles.clear()
         regime = "together" if event.kind == "decode" and event.together >= 0.5 else event.kind
         fit = self._fits.setdefault((regime, event.model), self._new(event.kind))
         features = self._features(event)
@@ -324,6 +327,12 @@ class Latency:
         largest may be better off one after the other with all of them. Between those and the others, which
         run side by side, a lane waits for the other for half a step or so.
         """
+        key = lanes, tuple(batches)
+        if (cycle := self._cycles.get(key)) is None:
+            cycle = self._cycles[key] = self._fastest_cycle(batches, lanes)
+        return cycle
+
+    def _fastest_cycle(self, batches: Sequence[tuple[str, int]], lanes: int) -> Cycle:
         alone = [self.step(name, count, False) for name, count in batches]
         if lanes == 1 or len(batches) < 2:
             return Cycle(sum(alone), frozenset())

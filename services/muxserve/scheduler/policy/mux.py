@@ -40,10 +40,10 @@ from muxserve.scheduler.policy.slip import Slip
 from muxserve.scheduler.policy.tenants import Tenants
 from muxserve.scheduler.policy.turns import Turns
 
-PRESSED_PACE = 0.7
+PRESSED_PACE = 0.45
 """Part of `stretch` by which sequences that decode may slow each other down where requests are refused: who
 was admitted is to be in time, and waiting takes the rest."""
-RESERVE = 1.25
+RESERVE = 2.0
 """How far those that had little may go beyond that."""
 CALM = 2.0
 """How far those may go who are not the ones that make it crowded."""
