@@ -138,6 +138,37 @@ def test_a_short_prompt_goes_along_with_what_decodes_of_its_model() -> None:
         assert (short.emitted, short.running, after.steps) == (1, True, 1)
 
 
+@pytest.mark.parametrize(("batch", "joins"), [(2, True), (12, False)])
+def test_a_model_that_fills_its_lane_does_not_take_prompts_along(batch: int, joins: bool) -> None:
+    """Where its step takes longer than the others' together, everything else in its lane makes it later."""
+    policy = mux()
+    for model in "ab":
+        for tokens in (1, 10, 200) * 20:
+            policy.observe(JobEnded("prefill", model, tokens, 0.05 + 0.0001 * tokens))
+        for size in (1, 8, 40) * 20:
+            seconds = 8 * (0.01 + 0.002 * size)
+            policy.observe(JobEnded("decode", model, 8 * size, seconds, 8, 100 * size, together=1.0))
+    world = World(policy, BLOCKS, {"a": SHAPE, "b": SHAPE}, decode_lanes=2, joins=True)
+    for model in "a" * batch + "bbb":
+        world.add(model, 10, 1000)
+    while any(not r.running and not r.decodes for r in world.requests.values()):
+        world.now += 0.01
+        world.decide()
+        for job in list(world.jobs.values()):
+            world.advance(job)
+    short = world.add("a", 10, 5)
+    taken: list[int] = []
+    while not taken:
+        decisions = world.decide()
+        taken = [c.sequence for lease in leases(decisions) for c in lease.prompts] + first_prefill(decisions)
+        for job in list(world.jobs.values()):
+            if isinstance(job.what, DecodeJob):
+                world.advance(job)
+        world.now += 0.01
+    assert taken == [short.number]
+    assert bool(first_prefill(decisions)) is not joins
+
+
 def test_a_long_prompt_or_one_with_a_target_has_a_job_of_its_own() -> None:
     world = joining()
     long = world.add("a", 5000, 5)

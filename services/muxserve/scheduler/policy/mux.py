@@ -289,11 +289,21 @@ class Mux(Adbs):
         """Most tokens of prompts that a lease of the model takes along: as much again as a step and a prefill
         job take anyway, so that nobody's next token is late by much. 0: none."""
         joins = plan.joins and self._options.gather and model.running and not self._tenants.crowded
-        if not joins or self._target(plan):
+        if not joins or self._target(plan) or self._fills_a_lane(plan, model):
             return 0
         name, rows = model.model, len(model.running)
         much = self._latency.step(name, rows) + self._latency.prefill(name, 1)
         return max(0, min(self._latency.prompt(name, much), self._options.chunk_tokens - rows))
+
+    def _fills_a_lane(self, plan: Plan, model: ModelSnapshot) -> bool:
+        """Whether the model's steps take longer than those of all others, which have the lanes beside its
+        own: what else its lane did would make it later, while the others have more steps than they need."""
+        others = [m for m in plan.models.values() if m.running and m is not model]
+        if plan.lanes == 1 or not others:
+            return False
+        rest = sum(self._latency.step(m.model, len(m.running), together=True) for m in others)
+        mine = self._latency.step(model.model, len(model.running), together=True)
+        return mine > rest / (plan.lanes - 1)
 
     def _join(self, plan: Plan, model: ModelSnapshot) -> None:
         if not (model.waiting and (room := self._room_to_join(plan, model))):
