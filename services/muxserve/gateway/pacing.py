@@ -1,8 +1,8 @@
 """`Pacer`: when clients are told of tokens.
 
-A message costs gateway and client the same whether it brings one token or four, and where cores are few that
-cost is taken from the engine. Workers let tokens wait for those of later steps, but only until a job ends, and
-where models take turns jobs are short. So while many requests are in flight here, tokens wait once more.
+A message costs gateway and client the same whether it brings one token or four, and where cores are few the
+engine pays for it. Workers let tokens wait for those of later steps, but only until a job ends, and where
+models take turns jobs are short. So while many requests are in flight here, tokens wait once more.
 """
 
 from __future__ import annotations
