@@ -13,6 +13,10 @@ from muxserve.scheduler.policy.plan import Plan
 
 HOPELESS = 0.5
 """Part of the device that a sequence can count on: what needs more to be in time will be late."""
+OWED = 1.0
+"""Seconds that a model is behind another at most, in steps that it should have had: one that lacks more than
+its lane has is first in it anyway, but whoever begins where it is would go before all others until these have
+been caught up with."""
 LEAST_PACE = 0.5
 """Of a model whose sequences have time, in parts of what `stretch` allows."""
 PACE_SECONDS = 0.1
@@ -57,7 +61,10 @@ class Turns:
         it waited for another turn. steps: of a lease."""
         for name in [n for n in self._served if n not in plan.models or not plan.models[n].running]:
             del self._served[name]
-        self._begun = max(self._begun, min(self._served.values(), default=0.0))
+        least, most = min(self._served.values(), default=0.0), max(self._served.values(), default=0.0)
+        self._begun = max(self._begun, least, most - OWED)
+        for name, served in self._served.items():
+            self._served[name] = max(served, self._begun)
         reached = {}
         for name in able:
             served = self._served.setdefault(name, self._begun)
