@@ -7,8 +7,8 @@ slack       Every request has a time at which it is due: its model's TTFT target
 turns       Models decode in proportion to the steps that their sequences need to be in time (`Turns`), few
             at a time if turns are dear, side by side or one after the other (`Latency.cycle`).
 chunked     Prompts come in chunks short enough that the next urgent one is soon served.
-gather      Short prompts are computed in a lease of their model, in one pass with what decodes, or wait for
-            others to share a job with, a token's time or so (`Company`).
+gather      Short prompts are computed in a lease of their model, in one pass with what decodes, where that
+            does not fill its lane; or wait for others to share a job with, a token's time or so (`Company`).
 shares      Where models have targets for time per output token, prefill gets what compute these leave.
 borrow, priorities, fairness, admission: see `PolicyOptions`.
 """
