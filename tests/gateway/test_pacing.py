@@ -63,6 +63,16 @@ async def test_tokens_do_not_wait(eager: bool, longest: float, others: int) -> N
     assert token_ids == [1] and waited < LONGEST / 2
 
 
+async def test_what_was_told_meanwhile_is_not_told_again() -> None:
+    table, live = await busy()
+    table.receive(tokens(1), "s")
+    table.handle(Event(request_id="r", attempt=1, tokens=Event.Tokens(index=2, token_ids=[2])), "s")
+    assert (await took(live))[0] == [1, 2]
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(2 * LONGEST):
+            await live.take()
+
+
 async def test_what_ends_a_request_takes_along_what_waits() -> None:
     table, live = await busy()
     table.receive(tokens(1), "s")

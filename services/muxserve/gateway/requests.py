@@ -87,8 +87,7 @@ class LiveRequest:
             return False
         self.logprobs.extend(tokens.logprobs[have - tokens.index :])
         self.finish_reason = tokens.finish_reason
-        if self.over or self.news:
-            self.tell()
+        self.tell()
         return True
 
     def extend(self, index: int, token_ids: list[int]) -> bool:
@@ -101,14 +100,10 @@ class LiveRequest:
         self.token_ids += token_ids[have - index :]
         return True
 
-    @property
-    def news(self) -> bool:
-        """Whether there are tokens that were not taken."""
-        return self.taken < len(self.token_ids)
-
     def tell(self) -> None:
-        """Let its client have what there is."""
-        self._news.set()
+        """Let its client have what there is, if there is anything."""
+        if self.over or self.taken < len(self.token_ids):
+            self._news.set()
 
     def fail(self, error: ServiceError) -> None:
         """End the request with `error`; tokens not yet taken are dropped."""
@@ -185,7 +180,7 @@ class RequestTable:
                 answers.append(cancel(live.id))
             elif live.eager or not live.taken:
                 live.tell()
-            elif live.news:
+            else:
                 self._pacer.hold(live.tell, len(self))
         return answers
 

@@ -17,9 +17,8 @@ LIMIT = 100_000
 and its gateway says that it does not know it."""
 BATCH = 500
 GATHER = 0.5
-"""Seconds for which the first one waits for others, to share a round trip with."""
-RETRY = 0.3
-"""Seconds between attempts while Redis is away."""
+"""Seconds for which the first one waits for others, to share a round trip with; and between attempts while
+Redis is away."""
 
 
 class Acknowledger:
@@ -56,7 +55,6 @@ class Acknowledger:
                 if not away:
                     log.warning("acknowledgements wait", pending=len(self._pending), error=str(error))
                 away = True
-                await asyncio.sleep(RETRY)
 
     async def flush(self) -> None:
         """Acknowledge all that is pending. Raises Unavailable."""

@@ -44,9 +44,7 @@ PRESSED_PACE = 0.45
 """Part of `stretch` by which sequences that decode may slow each other down where requests are refused: who
 was admitted is to be in time, and waiting takes the rest."""
 RESERVE = 2.0
-"""How far those that had little may go beyond that."""
-CALM = 2.0
-"""How far those may go who are not the ones that make it crowded."""
+"""How far those may go beyond that who had little, or are not the ones that make it crowded."""
 BRIEF = 2.0
 """How many times as long as one for a single token a prefill job of the ones takes that do, at most."""
 OLD = 20.0
@@ -353,11 +351,9 @@ class Mux(Adbs):
 
     def _reserve(self, tenant: str) -> float:
         """How far beyond the limit of `_cycle_limit` sequences of the tenant may go."""
-        if not self._options.fairness:
-            return RESERVE
-        if self._tenants.crowded:
-            return 1.0 if self._tenants.crowds(tenant) else CALM
-        return 1.0 if self._tenants.rank(tenant) else RESERVE
+        tenants = self._tenants
+        had_much = tenants.crowds(tenant) if tenants.crowded else tenants.rank(tenant) != 0
+        return 1.0 if self._options.fairness and had_much else RESERVE
 
     def _cycle(self, plan: Plan) -> float:
         """Seconds in which every model does a step."""
