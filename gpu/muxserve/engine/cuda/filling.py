@@ -7,7 +7,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -106,15 +106,8 @@ class _Filling:
         self._failed = False
 
     def work(self) -> None:
-        try:
-            self._copy_pieces()
-        except BaseException:
-            self._failed = True
-            raise
-
-    def _copy_pieces(self) -> None:
         runtime = on_device(self._memory.runtime, self._memory.device)
-        with errors_of("weights", "copying to the device"), ExitStack() as buffers:
+        with errors_of("weights", "copying to the device"), ExitStack() as buffers, self._ending_others():
             turn = itertools.cycle([_Buffer(runtime, self._size, buffers) for _ in range(_BUFFERS)])
             for piece in self._next_pieces():
                 data = np.ravel(self._source.read(piece)).view(np.uint8)
@@ -123,6 +116,15 @@ class _Filling:
                 for start in range(0, len(data), self._size):
                     part = data[start : start + self._size]
                     next(turn).copy(self._memory.pointer + piece.offset + start, part)
+
+    @contextmanager
+    def _ending_others(self) -> Iterator[None]:
+        """A failure is known at once, before the thread that has it waits for its copies."""
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
 
     def _next_pieces(self) -> Iterator[Stretch]:
         while not self._failed:
