@@ -18,7 +18,9 @@ DURATION = 60.0
 """Seconds of arrivals."""
 SEED = 7
 LEAST_SERVED = 0.5
-"""A model that is served less than this part of its rate counts against a placement."""
+"""Part of its rate of which a model that is served less starves."""
+STARVING = 0.5
+"""What it costs that a model starves at all, in parts of the requests; and as much again if it gets nothing."""
 
 
 class _OutOfTime(Exception):
@@ -27,8 +29,8 @@ class _OutOfTime(Exception):
 
 def merit(result: Report) -> float:
     """Part of the requests that is served, and that is served in time; less where a model starves."""
-    total = result.total
-    starving = max(0.0, LEAST_SERVED - result.least_served) / LEAST_SERVED
+    total, least = result.total, result.least_served
+    starving = STARVING * (2 - least / LEAST_SERVED) if least < LEAST_SERVED else 0.0
     return total.served + total.attainment[str(SLO_SCALE)] - starving
 
 

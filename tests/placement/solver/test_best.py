@@ -13,7 +13,7 @@ from muxserve.placement.solver.baselines import greedy, spatial
 from muxserve.placement.solver.best import best
 from muxserve.placement.solver.cost import CostModel
 from muxserve.placement.solver.meshes import Mesh, cuts, fits, group, kinds, settle
-from muxserve.placement.solver.objective import Objective, State, as_state
+from muxserve.placement.solver.objective import MILD_HUNGER, Objective, State, as_state
 from muxserve.placement.solver.paper import paper
 from muxserve.placement.solver.placement import Placed, Placement
 from muxserve.placement.solver.search import anneal, exhaustive
@@ -186,6 +186,22 @@ def test_the_judge_has_the_last_word() -> None:
     chosen = best(work, COSTS, 1.0, Clock(), judge)
     assert chosen == seen[-1]
     assert len(seen) == len(set(map(str, seen)))
+
+
+def test_where_there_is_too_little_the_judge_also_sees_states_that_spread_it_less() -> None:
+    work = workload({"hot": ("llama-7b", 60), "warm": ("llama-7b", 50), "large": ("llama-30b", 12)}, gpus=2)
+    seen: list[Placement] = []
+
+    def judge(placements: Sequence[Placement]) -> list[float]:
+        seen.extend(placements)
+        return [0.0] * len(placements)
+
+    best(work, COSTS, 2.0, Clock(), judge)
+    mild = Objective(work, COSTS).with_hunger(MILD_HUNGER)
+    state = exhaustive(mild)
+    assert state is not None
+    assert state != exhaustive(Objective(work, COSTS))
+    assert mild.score(state) == max(mild.score(as_state(each, mild)) for each in seen)
 
 
 def test_the_time_limit_is_kept() -> None:

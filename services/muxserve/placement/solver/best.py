@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
 from muxserve.placement.solver.baselines import greedy, spatial
 from muxserve.placement.solver.cost import CostModel
 from muxserve.placement.solver.meshes import Mesh
-from muxserve.placement.solver.objective import Objective, State, as_state
+from muxserve.placement.solver.objective import MILD_HUNGER, Objective, State, as_state
 from muxserve.placement.solver.paper import paper
 from muxserve.placement.solver.placement import Placement
 from muxserve.placement.solver.search import Found, anneal, climb, exhaustive
@@ -18,7 +21,7 @@ Judge = Callable[[Sequence[Placement]], Sequence[float]]
 
 STARTS = 2
 """Of the states that other algorithms lead to, those that are annealed from."""
-FINALISTS = 4
+FINALISTS = 12
 """States of its own that are judged, beside placements of baselines."""
 LARGE = 20_000
 """Models times GPUs beyond which Algorithm 1 takes too long to start from."""
@@ -43,22 +46,21 @@ def best(
     Small instances are solved exactly, as far as the estimator goes.
     """
     objective = Objective(workload, costs)
-    began = clock()
-    searching = time_limit * (SEARCHING if judge else 0.9)
+    until = clock() + time_limit * (SEARCHING if judge else 0.9)
     small = len(workload.models) * workload.gpus <= LARGE
     baselines = [algorithm(workload, costs) for algorithm in (spatial, greedy, *([paper] if small else []))]
-    exact = exhaustive(objective)
-    if exact is not None:
-        found = [Found(objective.score(exact), exact)]
-    else:
-        found = _search(objective, baselines, searching - (clock() - began), clock, seed, progress)
-    first = objective.placement(found[0].state)
+    search = partial(_search, baselines=baselines, until=until, clock=clock, seed=seed)
     if judge is None:
-        return first
-    close = objective.score(found[0].state) - CLOSE * workload.rate
+        return objective.placement(search(objective, progress=progress)[0].state)
+    mild = objective.with_hunger(MILD_HUNGER)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as beside:
+        of_mild = beside.submit(search, mild)
+        found = search(objective, progress=progress)
+        milder = of_mild.result()
+    close = found[0].score - CLOSE * workload.rate
     rivals = [b for b in baselines if objective.score(as_state(b, objective)) >= close]
-    others = [objective.placement(each.state) for each in found[1 : 2 * FINALISTS]]
-    candidates = _complete(_distinct([first, *rivals, *others]))[: len(rivals) + FINALISTS]
+    own = [objective.placement(each.state) for pair in zip(found, milder, strict=False) for each in pair]
+    candidates = _complete(_distinct([own[0], *rivals, *own[1:]]))[: len(rivals) + FINALISTS]
     scores = judge(candidates)
     return candidates[max(range(len(candidates)), key=lambda i: scores[i])]
 
@@ -66,16 +68,21 @@ def best(
 def _search(
     objective: Objective,
     baselines: Sequence[Placement],
-    seconds: float,
+    until: float,
     clock: Callable[[], float],
     seed: int,
-    progress: Callable[[float], None],
+    progress: Callable[[float], None] = lambda done: None,
 ) -> list[Found]:
+    """Good states, the best first; all of them are looked at where they are few."""
+    exact = exhaustive(objective)
+    if exact is not None:
+        return [Found(objective.score(exact), exact)]
     starts = [as_state(placement, objective) for placement in baselines]
     starts.append(_empty(objective))
     starts.sort(key=objective.score, reverse=True)
     found: list[Found] = []
     began = clock()
+    seconds = until - began
     for number, start in enumerate(starts[:STARTS]):
         begin, end = (began + seconds * n * 0.85 / STARTS for n in (number, number + 1))
 
@@ -86,8 +93,7 @@ def _search(
 
         found += anneal(objective, start, part, seed + number)
     found.sort(key=lambda each: -each.score)
-    left = began + seconds
-    top = climb(objective, found[0], lambda: 1.0 if clock() >= left else 0.0)
+    top = climb(objective, found[0], lambda: 1.0 if clock() >= until else 0.0)
     return [top, *found]
 
 

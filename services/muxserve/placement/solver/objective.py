@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from copy import copy
 from itertools import combinations
 
 from muxserve.placement.solver.alone import alone
@@ -25,6 +26,8 @@ STARVED = 0.6
 HUNGER = 6.0
 """What that costs at worst, in rates of the mean model: more than serving any one of them gains. It is the
 square of how far it is from enough that counts: where there is too little for all, it is spread."""
+MILD_HUNGER = 1.0
+"""The same where there is too little for all, and spreading it would cost more than it is worth."""
 ABSENT = 1.0
 """What a model without a place costs, in rates of all models: serving the others does not make up for it."""
 UNEVEN = 1.3
@@ -39,6 +42,7 @@ class Objective:
 
     def __init__(self, workload: Workload, costs: CostModel) -> None:
         self.workload = workload
+        self.hunger = HUNGER
         self.kinds = kinds(workload)
         self.models = workload.models
         self.estimator = Estimator(costs)
@@ -49,6 +53,12 @@ class Objective:
         self._alone = [alone(m, workload, costs)(m.prompt_tokens, m.output_tokens) for m in self.models]
         self._forecasts: dict[tuple[int, int, tuple[tuple[int, int], ...]], Forecast] = {}
         self._worths: dict[tuple[int, int, tuple[tuple[int, int], ...]], list[float]] = {}
+
+    def with_hunger(self, hunger: float) -> Objective:
+        """The same but for what starving models cost. What is known of meshes is shared."""
+        other = copy(self)
+        other.hunger = hunger
+        return other
 
     @property
     def budget(self) -> int:
@@ -89,7 +99,7 @@ class Objective:
         rates = sum(m.rate * w for m, w in zip(self.models, worth, strict=True))
         starving = sum(max(0.0, 1 - w / STARVED) ** 2 for w in worth)
         absent = (len(worth) - len(replicas)) * ABSENT * self.workload.rate
-        return rates + self._usual * (FAIRNESS * sum(worth) - HUNGER * starving) - absent
+        return rates + self._usual * (FAIRNESS * sum(worth) - self.hunger * starving) - absent
 
     def _worth(self, mesh: Mesh, members: tuple[tuple[int, int], ...]) -> list[float]:
         """Of a request of each member."""
