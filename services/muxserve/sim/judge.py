@@ -20,7 +20,7 @@ SEED = 7
 LEAST_SERVED = 0.5
 """Part of its rate of which a model that is served less starves."""
 STARVING = 0.5
-"""What it costs that a model starves at all, in parts of the requests; and as much again if it gets nothing."""
+"""What it costs that a model starves at all, in parts of all requests; as much again if it gets nothing."""
 
 
 class _OutOfTime(Exception):
