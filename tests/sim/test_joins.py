@@ -134,7 +134,7 @@ def test_a_prompt_that_joins_has_its_first_token_at_the_end_of_the_first_step() 
     (event,) = bench.policy.heard
     assert (event.tokens, event.steps, event.prompts) == (16, 8, {"": 300})
     assert event.seconds == pytest.approx(bench.unit.executor.now - start)
-    assert event.context == 101 + 16, "of the prompt nothing was known before"
+    assert event.context == 101, "of the prompt nothing was known before"
     bench.decide(bench.lease(sequences=(1, 2), steps=32))
     bench.end()
     assert bench.over == [old, new]
@@ -190,7 +190,7 @@ def test_what_is_left_of_a_prompt_joins() -> None:
     assert model.slots_free == slots, "it had one"
     bench.end()
     event = bench.policy.heard[-1]
-    assert (event.prompts, event.context, event.tokens) == ({"": 100}, 200 + 2, 2)
+    assert (event.prompts, event.context, event.tokens) == ({"": 100}, 200, 2)
     step = COSTS.decode("llama-7b", 1, 1.0, 1, 301)
     assert request.first - start == pytest.approx(step + beyond(100))
 

@@ -341,8 +341,6 @@ class Unit:
             self.models[name].seen = None
             self.available += blocks
         work = job.work
-        if work.kind == "decode":
-            job.context += tokens
         if work.busy <= 0:
             return
         self.policy.observe(
