@@ -14,6 +14,8 @@ from redis.asyncio import Redis
 from muxserve.common.documents import PlacementStore
 from muxserve.common.queue import RequestQueue
 from muxserve.common.registry import Registry
+from muxserve.placement.advisor_loop import starter
+from muxserve.placement.advisor_situation import Move
 from muxserve.placement.document import ASLEEP, LOADING, READY
 from muxserve.placement.errands import BACKOFF
 from muxserve.placement.reconcile import Reconciler
@@ -134,6 +136,66 @@ async def test_a_model_that_found_no_room_when_it_was_woken_sleeps_on_and_is_wok
         assert time.monotonic() - began >= 2 * BACKOFF, "not without a rest"
         now = await until(redis_client, lambda p: True)
         assert placed(now, "b").state in (ASLEEP, LOADING), "it has not failed"
+
+
+@asynccontextmanager
+async def full_workers(redis: Redis) -> AsyncIterator[tuple[list[PeerWorker], Reconciler]]:
+    """Two workers with two of the models a, b, c and d each, and no room for more."""
+    workers = [PeerWorker(f"worker-{number}", budget_mib=250) for number in range(2)]
+    async with AsyncExitStack() as stack:
+        for worker in workers:
+            await stack.enter_async_context(worker.serve(Registry(redis)))
+        models = [{"name": name} for name in "abcd"]
+        reconciler = await stack.enter_async_context(keeping(redis, *models))
+        await until(redis, lambda p: set(states(p).values()) == {READY})
+        yield workers, reconciler
+
+
+def move(reconciler: Reconciler, *moves: Move) -> None:
+    starter(reconciler, PlacementSettings.model_validate({"models": [{"name": "a", "path": "1"}]}))(
+        moves, "a test"
+    )
+
+
+async def test_models_that_change_places_are_not_woken_where_they_make_room(redis_client: Redis) -> None:
+    """Though requests wait for the one that sleeps on the way."""
+    async with full_workers(redis_client) as (workers, reconciler):
+        one, other = (next(name for name in "abcd" if name in worker.loaded) for worker in workers)
+        here, there = (worker.worker_id for worker in workers)
+        await ask(redis_client, one)
+        move(reconciler, Move(one, here), Move(other, there, here), Move(one, "", there))
+        wanted = {(one, there), (other, here)}
+
+        def done(placement: admin_pb2.Placement) -> bool:
+            return not placement.HasField("migration") and not placement.planned and len(placement.ended) == 3
+
+        placement = await until(redis_client, done)
+        assert wanted <= {(m.config.name, u.worker_id) for u in placement.units for m in u.models}
+        await until(redis_client, lambda p: set(states(p).values()) == {READY})
+        assert [workers[0].loads.count(name) for name in (one, other)] == [1, 1]
+        assert [workers[1].loads.count(name) for name in (one, other)] == [1, 1]
+        assert workers[0].loads[2:] == [other] and workers[1].loads[2:] == [one], "nobody else was moved"
+
+
+async def test_a_model_that_is_woken_at_once_says_that_requests_may_wait(redis_client: Redis) -> None:
+    async with full_workers(redis_client) as (workers, reconciler):
+        seen: list[admin_pb2.PlacedModel] = []
+
+        async def watch() -> None:
+            epoch = 0
+            while True:
+                placement = await reconciler.changed(epoch)
+                epoch = placement.epoch
+                seen.append(placed(placement, "a"))
+
+        watching = asyncio.create_task(watch())
+        await ask(redis_client, "a")
+        home = next(worker for worker in workers if "a" in worker.loaded)
+        move(reconciler, Move("a", home.worker_id))
+        await until(redis_client, lambda p: placed(p, "a").loads == 2 and placed(p, "a").state == READY)
+        watching.cancel()
+        assert {LOADING, ASLEEP} <= {model.state for model in seen}
+        assert all(model.expected_wait_seconds > 0 for model in seen if model.state == LOADING)
 
 
 async def test_replicas_that_have_to_be_loaded_get_their_places(redis_client: Redis) -> None:

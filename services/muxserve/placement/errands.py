@@ -144,7 +144,7 @@ class Errands:
             await self._gone(worker, name, epoch)
             await asyncio.sleep(BACKOFF)
         except (Unavailable, Cancelled, Aborted) as error:
-            if place.state == LOADING:
+            if place.state == LOADING and not place.woken:  # requests wait for one that was woken
                 place.loading(f"{worker.id}: {error}")
             await asyncio.sleep(BACKOFF)
         except Overloaded as error:

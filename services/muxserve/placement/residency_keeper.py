@@ -102,7 +102,7 @@ class Keeper:
                 since = self._ready_since(model, place, now)
                 seconds = self._load_seconds(plan, model, place, now)
                 places.append(PlaceView(model.name, place.worker, stage, shape.weight_bytes, seconds, since))
-        return View(now, models, places, budgets)
+        return View(now, models, [*places, *_to_come(plan)], budgets)
 
     def _ready_since(self, model: PlannedModel, place: Place, now: float) -> float:
         key = (model.name, place.worker)
@@ -142,9 +142,11 @@ class Keeper:
                 place.expected_wait = _about(place.expected_wait, math.inf if math.isinf(room) else wait)
                 place.room_at = _coarsely(place.room_at, room, view.now)
                 continue
+            place.room_at = 0
             if not (place.woken and place.worker in workers):
                 place.expected_wait = 0.0
-            place.room_at = 0
+            elif not place.expected_wait:  # it was woken before anybody could have read that it slept
+                place.expected_wait = round(self._load_seconds(plan, model, place, view.now) + NOTICED, 2)
 
     def _replicate(self, plan: Plan, budgets: Mapping[str, float]) -> None:
         """Give models as many places as have to be loaded; they are asleep, so that they are woken."""
@@ -195,12 +197,33 @@ def _model_view(plan: Plan, model: PlannedModel, use: Use) -> ModelView:
 
 
 def _stage(plan: Plan, model: PlannedModel, place: Place) -> Stage | None:
-    """None: it takes no memory and is not to be woken."""
-    if plan.migration is not None and plan.migration.model == model.name:
+    """None: it takes no memory and is not to be woken. Models that are to be moved stay as they are, and what
+    they leave comes free."""
+    if plan.migration is not None and plan.migration.model == model.name and place.state == DRAINING:
+        return Stage.LEAVING if place.occupied else None
+    if any(migration.model == model.name for migration in _under_way(plan)):
         return Stage.FIXED if place.occupied else None
     if place.state == ASLEEP:
         return Stage.LEAVING if place.occupied else Stage.ASLEEP
     return {READY: Stage.READY, LOADING: Stage.LOADING, DRAINING: Stage.FIXED}.get(place.state)
+
+
+def _to_come(plan: Plan) -> list[PlaceView]:
+    """Places that planned migrations lead to: their room is not for others, and the models need not be
+    woken."""
+    coming: dict[Key, PlaceView] = {}
+    for migration in plan.planned:
+        model, target = plan.models[migration.model], migration.target_worker
+        there = model.places.get(target)
+        if not target or migration.asleep or (there is not None and there.occupied):
+            continue
+        size = max((place.shape.weight_bytes for place in model.places.values() if place.shape), default=0)
+        coming[model.name, target] = PlaceView(model.name, target, Stage.FIXED, size, 0.0)
+    return list(coming.values())
+
+
+def _under_way(plan: Plan) -> list[admin_pb2.Migration]:
+    return [*([plan.migration] if plan.migration is not None else []), *plan.planned]
 
 
 def _prior(weight_bytes: int) -> float:
