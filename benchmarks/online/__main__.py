@@ -1,12 +1,11 @@
 """`python -m benchmarks.online`: popularity flips on two workers of one core each, and models follow.
 
-Six models, skewed by alpha = 2.1; each worker has room for the weights of three. The rate is 0.6 of what both
-workers serve together, so that the most popular model takes most of one of them, and it matters who is there
-beside it: the second most popular one would be too much. In the middle of a run the order of popularity is
-reversed. (Where the model that was least popular is beside the most popular one, and nothing else is, the
+Six models, skewed by alpha = 2.1; each worker has room for the weights of three. The rate is 0.55 of what
+both workers serve together when flooded, so that the most popular model takes most of one of them, and it
+matters who is there beside it. In the middle of a run the order of popularity is reversed. (Where the model that was least popular is beside the most popular one, and nothing else is, the
 order can be reversed and nothing has to be moved: with five models that is the best placement for both.) It
 is measured how long it takes until requests are served within their objective (8 times the time alone) as
-often as 0.9 of what the best static placement for the new popularity does:
+often as 0.9 of what the best static placement for the new popularity does with the same arrivals:
 
 - with rebalancing on;
 - by hand: nothing is moved by itself, an operator calls `muxserve rebalance` ten seconds after the flip and

@@ -36,17 +36,15 @@ class Plan:
 
     models: tuple[str, ...] = ("m0", "m1", "m2", "m3", "m4", "m5")
     alpha: float = 2.1
-    load: float = 0.6
+    load: float = 0.55
     """Rate, in parts of what is served when too much arrives."""
     flood: float = 20.0
     before: float = 90.0
-    after: float = 150.0
+    after: float = 120.0
+    """What arrives then is the same in all runs."""
     by_hand_before: float = 30.0
-    by_hand_after: float = 120.0
     reaction: float = 10.0
     """Seconds from the flip until the operator does something."""
-    static: float = 90.0
-    """Of each candidate."""
     width: float = 15.0
     """Of the windows that goodput is taken of."""
     slo_scale: float = 8.0
@@ -71,10 +69,8 @@ class Plan:
 QUICK = Plan(
     flood=10.0,
     before=35.0,
-    after=75.0,
+    after=50.0,
     by_hand_before=12.0,
-    by_hand_after=60.0,
-    static=25.0,
     width=12.0,
 )
 
@@ -193,8 +189,8 @@ class Experiment:
     async def _by_hand(self, deployment: Deployment, rate: float) -> Flip:
         """The flip, and an operator who asks for a rebalancing some time after it, and again."""
         plan = self._plan
-        flip = Flip(Run(time.monotonic()), plan.by_hand_before, plan.by_hand_before + plan.by_hand_after)
-        requests = self._flipping(rate, plan.by_hand_before, plan.by_hand_after)
+        flip = Flip(Run(time.monotonic()), plan.by_hand_before, plan.by_hand_before + plan.after)
+        requests = self._flipping(rate, plan.by_hand_before, plan.after)
         operator = asyncio.create_task(self._operate(deployment, flip))
         try:
             await self._watched(deployment, flip, requests)
@@ -248,7 +244,7 @@ class Experiment:
 
     async def _static(self, deployment: Deployment, rate: float, name: str) -> list[Stream]:
         plan, run = self._plan, Run(time.monotonic())
-        requests = self._mixes[1].poisson(rate, plan.static, plan.seed + 2)
+        requests = self._mixes[1].poisson(rate, plan.after, plan.seed + 2)
         await send(deployment.gateway, requests, run, plan.drain)
         self.tell(f"static, {name}: {judging.accounts(run.streams)}")
         return run.streams

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from benchmarks.online import judging
 from benchmarks.online.experiment import Flip, Found, Plan
+from benchmarks.online.streams import Stream
 
 RESTORED = 0.9
 """Part of the best static placement's goodput that counts as recovered."""
@@ -15,18 +17,19 @@ RESTORED = 0.9
 def judge(plan: Plan, found: Found) -> dict[str, Any]:
     """The summary, and all that it comes from."""
     slo = found.slo
-    warm = plan.static / 4  # until then queues have not formed
+    settled = plan.after / 2  # what arrives from then on is compared
     met = {
-        name: judging.part(streams, slo, warm, plan.static) for name, (_, streams) in found.statics.items()
+        name: judging.part(streams, slo, settled, plan.after) for name, (_, streams) in found.statics.items()
     }
     best = max(met, key=lambda name: met[name])
+    best_streams = found.statics[best][1]
     summary = {
         "rate": round(found.rate, 3),
         "best_static": best,
         "met_static": {name: round(value, 4) for name, value in met.items()},
-        "goodput_static": round(judging.goodput(found.statics[best][1], slo, warm, plan.static), 3),
-        "by_advisor": _flip(plan, found, found.by_advisor, RESTORED * met[best]),
-        "by_hand": _flip(plan, found, found.by_hand, RESTORED * met[best]) | {"asked": found.by_hand.asked},
+        "goodput_static": round(judging.goodput(best_streams, slo, settled, plan.after), 3),
+        "by_advisor": _flip(plan, found, found.by_advisor, best_streams),
+        "by_hand": _flip(plan, found, found.by_hand, best_streams) | {"asked": found.by_hand.asked},
     }
     return {
         "summary": summary,
@@ -51,10 +54,14 @@ def judge(plan: Plan, found: Found) -> dict[str, Any]:
     }
 
 
-def _flip(plan: Plan, found: Found, flip: Flip, wanted: float) -> dict[str, Any]:
-    """`wanted`: part of the requests that are to meet their objective."""
+def _flip(plan: Plan, found: Found, flip: Flip, static: Sequence[Stream]) -> dict[str, Any]:
+    """`static`: what became of the same arrivals where models were best placed for them."""
     streams, slo = flip.run.streams, found.slo
-    settled = flip.end - (flip.end - flip.flip) / 2
+    settled = flip.end - plan.after / 2
+
+    def wanted(begin: float, end: float) -> float:
+        return RESTORED * judging.part(static, slo, begin - flip.flip, end - flip.flip)
+
     recovered = judging.recovery(streams, slo, flip.flip, flip.end, wanted, plan.width)
     loads: dict[str, float] = {}
     for change in flip.history:
@@ -65,6 +72,11 @@ def _flip(plan: Plan, found: Found, flip: Flip, wanted: float) -> dict[str, Any]
         "met_before": round(judging.part(streams, slo, flip.flip / 2, flip.flip), 4),
         "met_first_seconds": round(judging.part(streams, slo, flip.flip, flip.flip + plan.width), 4),
         "met_after": round(judging.part(streams, slo, settled, flip.end), 4),
+        "met_after_vs_static": round(
+            judging.part(streams, slo, settled, flip.end)
+            / judging.part(static, slo, plan.after / 2, plan.after),
+            3,
+        ),
         "goodput_before": round(judging.goodput(streams, slo, flip.flip / 2, flip.flip), 3),
         "goodput_after": round(judging.goodput(streams, slo, settled, flip.end), 3),
         "loads_after_s": [round(at - flip.flip, 1) for at in loads.values() if at >= flip.flip],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -41,15 +41,19 @@ def series(streams: Sequence[Stream], slo: Slo, end: float, width: float) -> lis
 
 
 def recovery(
-    streams: Sequence[Stream], slo: Slo, flip: float, end: float, target: float, width: float
+    streams: Sequence[Stream],
+    slo: Slo,
+    flip: float,
+    end: float,
+    target: Callable[[float, float], float],
+    width: float,
 ) -> float:
-    """Seconds after `flip` until requests that arrive are served as well as `target` for good: the first
-    moment from which windows of `width` reach it, and the rest as a whole. `target`: part of the requests
-    that meet their objective. Infinity: never."""
-    moments = np.arange(flip, end - width, 1.0)
-    for moment in moments:
-        window = part(streams, slo, moment, moment + width)
-        if window >= target and part(streams, slo, moment, end) >= target:
+    """Seconds after `flip` until requests that arrive are served as well as wanted for good: the first moment
+    from which windows of `width` are, and the rest as a whole. `target`: part of the requests that are to
+    meet their objective, of those that arrive between two times. Infinity: never."""
+    for moment in np.arange(flip, end - width, 1.0):
+        spans = ((moment, moment + width), (moment, end))
+        if all(part(streams, slo, *span) >= target(*span) for span in spans):
             return float(moment - flip)
     return float("inf")
 
