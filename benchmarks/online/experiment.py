@@ -42,6 +42,8 @@ class Plan:
     before: float = 90.0
     after: float = 120.0
     """What arrives then is the same in all runs."""
+    settled: float = 60.0
+    """From the flip on: what arrives from then on is compared."""
     by_hand_before: float = 30.0
     reaction: float = 10.0
     """Seconds from the flip until the operator does something."""
@@ -69,7 +71,8 @@ class Plan:
 QUICK = Plan(
     flood=10.0,
     before=35.0,
-    after=50.0,
+    after=75.0,
+    settled=45.0,
     by_hand_before=12.0,
     width=12.0,
 )

@@ -17,9 +17,9 @@ RESTORED = 0.9
 def judge(plan: Plan, found: Found) -> dict[str, Any]:
     """The summary, and all that it comes from."""
     slo = found.slo
-    settled = plan.after / 2  # what arrives from then on is compared
     met = {
-        name: judging.part(streams, slo, settled, plan.after) for name, (_, streams) in found.statics.items()
+        name: judging.part(streams, slo, plan.settled, plan.after)
+        for name, (_, streams) in found.statics.items()
     }
     best = max(met, key=lambda name: met[name])
     best_streams = found.statics[best][1]
@@ -27,7 +27,7 @@ def judge(plan: Plan, found: Found) -> dict[str, Any]:
         "rate": round(found.rate, 3),
         "best_static": best,
         "met_static": {name: round(value, 4) for name, value in met.items()},
-        "goodput_static": round(judging.goodput(best_streams, slo, settled, plan.after), 3),
+        "goodput_static": round(judging.goodput(best_streams, slo, plan.settled, plan.after), 3),
         "by_advisor": _flip(plan, found, found.by_advisor, best_streams),
         "by_hand": _flip(plan, found, found.by_hand, best_streams) | {"asked": found.by_hand.asked},
     }
@@ -57,7 +57,8 @@ def judge(plan: Plan, found: Found) -> dict[str, Any]:
 def _flip(plan: Plan, found: Found, flip: Flip, static: Sequence[Stream]) -> dict[str, Any]:
     """`static`: what became of the same arrivals where models were best placed for them."""
     streams, slo = flip.run.streams, found.slo
-    settled = flip.end - plan.after / 2
+    settled = flip.flip + plan.settled
+    met_after = judging.part(streams, slo, settled, flip.end)
 
     def wanted(begin: float, end: float) -> float:
         return RESTORED * judging.part(static, slo, begin - flip.flip, end - flip.flip)
@@ -71,12 +72,8 @@ def _flip(plan: Plan, found: Found, flip: Flip, static: Sequence[Stream]) -> dic
         "recovered_after_s": recovered if recovered != float("inf") else None,
         "met_before": round(judging.part(streams, slo, flip.flip / 2, flip.flip), 4),
         "met_first_seconds": round(judging.part(streams, slo, flip.flip, flip.flip + plan.width), 4),
-        "met_after": round(judging.part(streams, slo, settled, flip.end), 4),
-        "met_after_vs_static": round(
-            judging.part(streams, slo, settled, flip.end)
-            / judging.part(static, slo, plan.after / 2, plan.after),
-            3,
-        ),
+        "met_after": round(met_after, 4),
+        "met_after_vs_static": round(met_after / judging.part(static, slo, plan.settled, plan.after), 4),
         "goodput_before": round(judging.goodput(streams, slo, flip.flip / 2, flip.flip), 3),
         "goodput_after": round(judging.goodput(streams, slo, settled, flip.end), 3),
         "loads_after_s": [round(at - flip.flip, 1) for at in loads.values() if at >= flip.flip],

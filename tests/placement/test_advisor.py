@@ -198,6 +198,16 @@ def test_a_gain_that_does_not_pay_for_loading_is_not_worth_it() -> None:
     assert advise(TWO, slow, Options(horizon=86400.0)).worthwhile
 
 
+def test_who_asks_gets_what_is_too_little_to_be_done_by_itself() -> None:
+    models = [model("m", 0.42, "a"), model("n", 0.21, "a"), model("o", 0.05, "b")]
+    assert not advise(TWO, models).worthwhile
+    asked = advise(TWO, models, Options().asked())
+    assert asked.worthwhile
+    assert asked.moves == (Move("n", "a", "b"),)
+    settled = [models[0], replace(models[1], loaded=frozenset("b")), models[2]]
+    assert not advise(TWO, settled, Options().asked()).worthwhile, "and nothing more when they ask again"
+
+
 def test_measured_speeds_decide() -> None:
     """The same traffic on devices that were seen to take four times as long."""
     models = [model("m", 0.2, "a"), model("n", 0.2, "a")]

@@ -780,7 +780,7 @@ class PlanResponse(_message.Message):
     cost: _builtins.float
     """Requests that carrying the moves out would cost, as predicted: what is not served meanwhile, or served twice."""
     worthwhile: _builtins.bool
-    """Whether the gain outweighs the cost, so that rebalancing would do it by itself."""
+    """Whether the gain outweighs the cost, so that Rebalance does it. By itself it is done where it gains more than that."""
     reason: _builtins.str
     """The judgement in words."""
     @_builtins.property

@@ -8,7 +8,7 @@ every model that is asked for stays loaded somewhere after each of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from muxserve.placement.advisor_route import Way, find_way
 from muxserve.placement.advisor_situation import Move, Served, Situation, Worker, changed
@@ -55,6 +55,11 @@ class Options:
     """The gain has to be so many times the cost."""
     least: float = 0.08
     """Part of the perfect score that has to be gained."""
+
+    def asked(self) -> Options:
+        """Where somebody asks: moves cannot come one after the other by themselves, and less has to be
+        gained."""
+        return replace(self, margin=1.0, least=0.02)
 
 
 def advise(workers: Sequence[Worker], models: Sequence[Served], options: Options | None = None) -> Advice:

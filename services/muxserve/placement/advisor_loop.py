@@ -70,6 +70,7 @@ class Rebalancer:
     ) -> None:
         """`placement`: the one in force."""
         self._settings = settings
+        self._options = Options(horizon=settings.rebalance_horizon)
         self._placement = placement
         self._watch = watch
         self._start = start
@@ -93,16 +94,17 @@ class Rebalancer:
                 due = loop.time() + self._settings.rebalance_interval
 
     async def plan(self) -> admin_pb2.PlanResponse:
-        """What would be done now, and what is known of traffic. Raises Unavailable while Redis is away."""
+        """What would be done now if somebody asked for it, and what is known of traffic. Raises Unavailable
+        while Redis is away."""
         await self._watch.look(self._placement())
-        advice, models = await self._advise(self._placement(), rest=0.0)
+        advice, models = await self._advise(self._placement(), self._options.asked(), rest=0.0)
         return view.response(advice, models, self._watch.traffic)
 
     async def _consider(self) -> None:
         placement = self._placement()
         if placement.HasField("migration") or placement.planned:
             return
-        advice, models = await self._advise(placement, self._settings.rebalance_rest)
+        advice, models = await self._advise(placement, self._options, self._settings.rebalance_rest)
         if not advice.worthwhile or max(model.flow.seconds for model in models) < LEAST:
             return
         if self._placement().epoch != placement.epoch:  # it has changed meanwhile: look again
@@ -120,10 +122,11 @@ class Rebalancer:
         except ServiceError as error:
             log.warning("not rebalanced", reason=str(error))
 
-    async def _advise(self, placement: admin_pb2.Placement, rest: float) -> tuple[Advice, list[Served]]:
+    async def _advise(
+        self, placement: admin_pb2.Placement, options: Options, rest: float
+    ) -> tuple[Advice, list[Served]]:
         """In a thread: it may take some tenths of a second."""
         workers, models = self._watch.workers(placement), self._watch.models(placement, rest)
-        options = Options(horizon=self._settings.rebalance_horizon)
         advice = await asyncio.to_thread(advise, workers, models, options)
         moves = between_workers(advice.moves, models)
         return replace(advice, moves=moves, worthwhile=advice.worthwhile and bool(moves)), models
