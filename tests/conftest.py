@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from redis.asyncio import Redis
 
@@ -15,6 +16,11 @@ from tests.support.valkey import ValkeyProcess
 # GPU kernels run compiled where there is a GPU, and interpreted where there is none. Triton settles that when
 # it is first imported, and torch, which many tests import, does so.
 os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"
+
+
+# Properties are not about time, and a machine that has other work too may stop for a second.
+hypothesis.settings.register_profile("muxserve", deadline=None)
+hypothesis.settings.load_profile("muxserve")
 
 
 @pytest.fixture(scope="session", autouse=True)

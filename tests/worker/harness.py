@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -54,6 +56,19 @@ class Harness:
             while (pool := (await self.info()).pool).free_blocks + pool.cached_blocks != pool.total_blocks:
                 assert pool.integrity_error == ""
         assert pool.integrity_error == ""
+
+    @asynccontextmanager
+    async def stopped(self, kind: str) -> AsyncIterator[None]:
+        """Executors of that kind stand still meanwhile."""
+        pids = [executor.pid for executor in (await self.info()).executors if executor.kind == kind]
+        assert pids and all(pids)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     @asynccontextmanager
     async def stream(self, epoch: int | None = None) -> AsyncIterator[Stream]:

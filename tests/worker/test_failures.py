@@ -34,6 +34,11 @@ def pid_of(info: worker_pb2.WorkerInfo, kind: str) -> int:
     return next(executor.pid for executor in info.executors if executor.kind == kind)
 
 
+def kill(pid: int) -> None:
+    assert pid, "of an executor that is there; 0 would be the tests themselves"
+    os.kill(pid, signal.SIGKILL)
+
+
 async def restarted(stream: Stream, kind: str, before: int) -> worker_pb2.WorkerInfo:
     """The state that the stream is told of once another executor is ready."""
     async with asyncio.timeout(LIMIT):
@@ -50,7 +55,7 @@ async def test_a_killed_decode_executor_costs_its_own_job_and_comes_back(fragile
         pid = pid_of(await fragile.info(), "decode")
         job = await stream.start_decode("llama", numbers[:1], 299)
         await stream.first_step(job)
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         result = await stream.result(job)
         assert result.outcome == "EXECUTOR_LOST"
         got = result.tokens[numbers[0]]
@@ -69,7 +74,7 @@ async def test_a_killed_prefill_executor_does_not_disturb_decode(fragile: Harnes
         await stream.prefill("llama", {number: (0, 5)})
         job = await stream.start_decode("llama", [number], 199)
         pid = pid_of(await fragile.info(), "prefill")
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         assert (await stream.result(job)).tokens[number] == whole[1:]
         await restarted(stream, "prefill", pid)
         assert await stream.generate("llama", [PROMPT], 200) == [whole]
@@ -80,7 +85,7 @@ async def test_a_model_loaded_while_an_executor_is_away_is_known_to_its_successo
     fragile: Harness, qwen: Path
 ) -> None:
     async with fragile.stream() as stream:
-        os.kill(pid_of(await fragile.info(), "decode"), signal.SIGKILL)
+        kill(pid_of(await fragile.info(), "decode"))
         await fragile.load("qwen", qwen)
         assert len((await stream.generate("qwen", [PROMPT], 8))[0]) == 8
     await fragile.unload("qwen")

@@ -19,8 +19,9 @@ from tests.worker.harness import Harness
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 NEW = 20
-STEPS = 400
-"""Of a lease that takes long beside what sending a job takes, on a machine with other work too."""
+STEPS = 100
+"""Of a lease of the model `wide`: it takes long beside what sending a job takes, on a machine that has other
+work too."""
 
 
 def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
@@ -52,25 +53,27 @@ async def test_leases_of_any_length_give_the_same_text(worker: Harness, llama: P
 
 
 async def test_decode_jobs_of_different_models_run_side_by_side_and_those_of_one_in_turn(
-    worker: Harness,
+    worker: Harness, wide: Path
 ) -> None:
     executors = (await worker.info()).executors
     assert [executor.kind for executor in executors] == ["prefill", "decode", "decode"]
+    await worker.load("wide", wide)
     async with worker.stream() as stream:
         numbers = {
             model: [await stream.open(model, prompt, STEPS + 20) for prompt in prompts(20, 33)]
-            for model in ("llama", "qwen")
+            for model in ("wide", "qwen")
         }
         for model, both in numbers.items():
             chunks = {number: (0, length) for number, length in zip(both, (20, 33), strict=True)}
             assert not (await stream.prefill(model, chunks)).refused
-        one, two = [await stream.start_decode("llama", [number], STEPS) for number in numbers["llama"]]
+        one, two = [await stream.start_decode("wide", [number], STEPS) for number in numbers["wide"]]
         other = await stream.start_decode("qwen", numbers["qwen"], 1)
         first = await stream.first_step(one)
         await stream.first_step(two)
         assert first.ended.is_set()
         await stream.result(two)
-        assert stream.ended[-3:] == [other, one, two], "qwen would have had to wait for a lease of llama"
+        assert stream.ended[-3:] == [other, one, two], "qwen would have had to wait for a lease"
+    await worker.unload("wide")
 
 
 async def test_that_a_prompt_nears_its_end_is_told_once_if_somebody_wants_to_know(
@@ -196,24 +199,26 @@ async def test_a_prompt_that_was_not_said_to_join_is_refused_alone(worker: Harne
 
 
 async def test_a_prompt_whose_job_has_no_step_is_computed_by_the_next_one(
-    worker: Harness, llama: Path
+    worker: Harness, wide: Path
 ) -> None:
     asked = prompts(5, 60, seed=23)
+    await worker.load("wide", wide)
     async with worker.stream() as stream:
-        running, late = [await stream.open("llama", prompt, 400) for prompt in asked]
-        await stream.prefill("llama", {running: (0, 5)})
-        await stream.prefill("llama", {late: (0, 16)})
-        job = await stream.start_decode("llama", [running], 350)
+        running, late = [await stream.open("wide", prompt, STEPS + 50) for prompt in asked]
+        await stream.prefill("wide", {running: (0, 5)})
+        await stream.prefill("wide", {late: (0, 16)})
+        job = await stream.start_decode("wide", [running], STEPS)
         await stream.first_step(job)
-        waiting = await stream.start_decode("llama", [late], 8, prompts=[late])
+        waiting = await stream.start_decode("wide", [late], 8, prompts=[late])
         await stream.say(end_lease=worker_pb2.EndLease(job=waiting))
         ended = await stream.result(waiting)
         assert (ended.outcome, ended.done.steps, ended.refused) == ("OK", 0, {})
         await stream.say(end_lease=worker_pb2.EndLease(job=job))
         await stream.result(job)
-        first = await stream.prefill("llama", {late: (16, 60)})
-        rest = await stream.decode("llama", [late], NEW - 1)
-    assert first.tokens[late] + rest.tokens[late] == expected(llama, "float32", asked[1:])[0]
+        first = await stream.prefill("wide", {late: (16, 60)})
+        rest = await stream.decode("wide", [late], NEW - 1)
+    assert first.tokens[late] + rest.tokens[late] == expected(wide, "float32", asked[1:])[0]
+    await worker.unload("wide")
 
 
 async def test_positions_and_logprobs_come_with_each_token(worker: Harness) -> None:
@@ -241,20 +246,22 @@ async def test_a_chunk_that_does_not_end_the_prompt_samples_nothing(worker: Harn
         assert len((await stream.prefill("llama", {number: (20, 30)})).tokens[number]) == 1
 
 
-async def test_end_lease_ends_a_decode_job_after_its_step(worker: Harness) -> None:
+async def test_end_lease_ends_a_decode_job_after_its_step(worker: Harness, wide: Path) -> None:
     [prompt] = prompts(5)
+    await worker.load("wide", wide)
     async with worker.stream() as stream:
-        number = await stream.open("llama", prompt, 400)
-        await stream.prefill("llama", {number: (0, 5)})
-        job = await stream.start_decode("llama", [number], 399)
+        number = await stream.open("wide", prompt, STEPS + 10)
+        await stream.prefill("wide", {number: (0, 5)})
+        job = await stream.start_decode("wide", [number], STEPS)
         await stream.first_step(job)
         await stream.say(end_lease=worker_pb2.EndLease(job=job))
         result = await stream.result(job)
         assert result.outcome == "OK"
-        assert len(result.steps) == result.done.steps < 399
+        assert len(result.steps) == result.done.steps < STEPS
         # It stands where it ended, and goes on from there.
-        more = await stream.decode("llama", [number], 2)
+        more = await stream.decode("wide", [number], 2)
         assert list(more.steps[0].positions) == [result.steps[-1].positions[0] + 1]
+    await worker.unload("wide")
 
 
 async def test_jobs_wait_their_turn_in_order(worker: Harness) -> None:
@@ -273,8 +280,9 @@ async def test_too_many_waiting_jobs_fail_at_once(worker: Harness) -> None:
     async with worker.stream() as stream:
         number = await stream.open("llama", prompt, 400)
         await stream.prefill("llama", {number: (0, 5)})
-        jobs = [await stream.start_decode("llama", [number], 350) for _ in range(MAX_WAITING + 2)]
-        last = await stream.result(jobs[-1])
+        async with worker.stopped("decode"):  # so that the first one does not end before the last one comes
+            jobs = [await stream.start_decode("llama", [number], 20) for _ in range(MAX_WAITING + 2)]
+            last = await stream.result(jobs[-1])
         assert last.outcome == "FAILED"
         assert "waiting" in last.done.error
 
@@ -359,18 +367,20 @@ async def test_a_chunk_out_of_order_closes_its_sequence_and_no_other(worker: Har
         assert (await stream.decode("llama", [early], 1)).refused == {early: "NOT_OPEN"}
 
 
-async def test_closing_while_a_job_runs_frees_when_it_ends(worker: Harness) -> None:
+async def test_closing_while_a_job_runs_frees_when_it_ends(worker: Harness, wide: Path) -> None:
     [prompt] = prompts(5)
+    await worker.load("wide", wide)
     async with worker.stream() as stream:
-        number = await stream.open("llama", prompt, 400)
-        await stream.prefill("llama", {number: (0, 5)})
-        job = await stream.start_decode("llama", [number], 300)
+        number = await stream.open("wide", prompt, STEPS + 10)
+        await stream.prefill("wide", {number: (0, 5)})
+        job = await stream.start_decode("wide", [number], STEPS)
         await stream.first_step(job)
         await stream.close(number)
         await stream.say(end_lease=worker_pb2.EndLease(job=job))
         done = (await stream.result(job)).done
         assert done.available_blocks == 2048
-        assert done.steps < 300
+        assert done.steps < STEPS
+    await worker.unload("wide")
 
 
 async def test_the_end_of_a_stream_frees_everything_it_held(worker: Harness) -> None:

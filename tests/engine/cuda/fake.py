@@ -137,12 +137,12 @@ class FakeRuntime:
     def hostAlloc(self, size: int) -> int:
         buffer = np.zeros(size, np.uint8)
         self._host[buffer.ctypes.data] = buffer
-        self.most_pinned = max(self.most_pinned, sum(len(buffer) for buffer in self._host.values()))
+        self.most_pinned = max(self.most_pinned, sum(map(len, list(self._host.values()))))
         return buffer.ctypes.data
 
     def freeHost(self, pointer: int) -> None:
         buffer = self._host.pop(pointer)
-        begun = [copy for copies in self._streams.values() for copy in copies]
+        begun = [copy for copies in list(self._streams.values()) for copy in list(copies)]
         if any(pointer <= source < pointer + len(buffer) for _, source, _ in begun):
             raise AssertionError("pinned memory is freed while it is copied from")
 
@@ -223,7 +223,7 @@ class FakeRuntime:
         path.unlink()
 
     def _inside(self, ranges: dict[int, NDArray[np.uint8]], pointer: int, size: int) -> NDArray[np.uint8]:
-        for start, view in ranges.items():
+        for start, view in list(ranges.items()):  # other threads may add to them meanwhile
             if start <= pointer and pointer + size <= start + len(view):
                 return view[pointer - start : pointer - start + size]
         raise AssertionError(f"{size} bytes at {pointer:#x} are nobody's")

@@ -59,12 +59,12 @@ def test_a_leader_that_is_killed_ends_the_others_even_while_nothing_runs() -> No
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
-    with Mesh(2, timeout=2.0) as mesh:
+    with Mesh(2, timeout=5.0) as mesh:
         decoding(mesh, tmp_path)
         begun = time.monotonic()
         os.kill(mesh.processes[1].pid, signal.SIGSTOP)
         assert last_words(mesh, 0).startswith("MeshBroken: all-")
-        assert 1.0 < time.monotonic() - begun < 2.0 + AT_ONCE
+        assert 2.5 < time.monotonic() - begun < 5.0 + AT_ONCE
         os.kill(mesh.processes[1].pid, signal.SIGCONT)
         assert last_words(mesh, 1).startswith("MeshBroken: ")
 
