@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from muxserve.cli.leftovers import SHARED_MEMORY, Traces
+import psutil
+import pytest
+
+from muxserve.cli import leftovers
+from muxserve.cli.leftovers import Traces
 
 HOLDER = """
 import mmap, os, sys
@@ -17,6 +21,13 @@ memory = mmap.mmap(fd, 4096)
 print(os.getpid(), fd, flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.fixture(autouse=True)
+def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that nobody else makes files in, and where nobody finds ours."""
+    monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path)
+    return tmp_path
 
 
 def holder() -> tuple[subprocess.Popen[str], int]:
@@ -44,9 +55,9 @@ def test_processes_that_live_and_memory_that_others_hold_are_left() -> None:
     assert traces.left() == []
 
 
-def test_a_new_file_in_shared_memory_is_left_unless_somebody_holds_it() -> None:
+def test_a_new_file_in_shared_memory_is_left_unless_somebody_holds_it(shared_memory: Path) -> None:
     traces = Traces()
-    file = SHARED_MEMORY / f"muxserve-test-{os.getpid()}"
+    file = shared_memory / "file"
     with file.open("w"):
         assert str(file) not in traces.left()
     try:
@@ -56,7 +67,27 @@ def test_a_new_file_in_shared_memory_is_left_unless_somebody_holds_it() -> None:
     assert str(file) not in traces.left()
 
 
-def test_nothing_is_left_of_what_was_never_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_file_that_comes_or_goes_meanwhile_is_not_left(
+    shared_memory: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """Somebody else's: its holder cannot be asked any more, or lets go of it at that moment."""
+    traces, file = Traces(), shared_memory / "file"
+    if not comes:
+        file.touch()
+
+    def pids() -> list[int]:
+        if comes:
+            file.touch()
+        else:
+            file.unlink()
+        return []
+
+    monkeypatch.setattr(psutil, "pids", pids)
+    assert traces.left() == []
+
+
+def test_nothing_is_left_of_what_was_never_there() -> None:
     traces = Traces()
     traces.record(2**22 - 1)
     assert traces.left() == []

@@ -20,6 +20,7 @@ from muxserve.v1 import (
     scheduler_pb2,
     worker_pb2,
 )
+from tests.support.ports import free_port
 
 Script = Callable[
     [inference_pb2.GenerateRequest, grpc.ServicerContext], Iterable[inference_pb2.GenerateResponse]
@@ -332,7 +333,7 @@ class Server:
     def __init__(self, *, max_receive_bytes: int = 4 * 2**20) -> None:
         self.peer = Peer()
         self._options = [("grpc.max_receive_message_length", max_receive_bytes), ("grpc.so_reuseport", 0)]
-        self._port = 0
+        self._port = free_port()
         self._server: grpc.Server | None = None
         self.start()
 
@@ -346,7 +347,7 @@ class Server:
         server = grpc.server(ThreadPoolExecutor(8), options=self._options)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.peer, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self.peer, server)
-        self._port = server.add_insecure_port(self.address)
+        server.add_insecure_port(self.address)
         server.start()
         self._server = server
 

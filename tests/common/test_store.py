@@ -47,7 +47,7 @@ async def test_a_command_does_not_wait_for_ever(redis_client: Redis, monkeypatch
     await asyncio.sleep(0)  # they take their connections in the order in which they were made
     with pytest.raises(Unavailable, match="no connection came free"):
         await _get(redis_client)
-    await asyncio.gather(*blocked)
+    await asyncio.gather(*blocked, return_exceptions=True)
 
 
 def _blocked(client: Redis) -> list[asyncio.Task[Any]]:

@@ -76,8 +76,8 @@ class Cluster:
         return status
 
     def wait_idle(self, limit: float = 10.0) -> dict[str, Any]:
-        """Wait until no blocks are held, and check the books."""
-        status = self.wait("all blocks free", lambda s: all(is_free(p) for p in s["pool"]), limit)
+        """Wait until a worker answers and no blocks are held, and check the books."""
+        status = self.wait("all blocks free", lambda s: s["pool"] and all(map(is_free, s["pool"])), limit)
         assert all(p["integrity"] == "ok" for p in status["pool"])
         return status
 

@@ -7,6 +7,7 @@ import asyncio
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import grpc
 from muxserve.common.errors import Aborted
 from muxserve.common.rpc import RpcServer
 from muxserve.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from tests.support.ports import free_port
 
 OUT_OF_BLOCKS = worker_pb2.REFUSAL_REASON_OUT_OF_BLOCKS
 OUT_OF_SLOTS = worker_pb2.REFUSAL_REASON_OUT_OF_SLOTS
@@ -67,6 +69,11 @@ class OpenSequence:
     @property
     def decodes(self) -> bool:
         return self.computed == len(self.tokens) - 1
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is more to sample than the next token, unless that is a stop token."""
+        return len(self.tokens) + 1 < self.opened.limit
 
 
 @dataclass
@@ -175,6 +182,7 @@ class Stream:
             nearing = worker_pb2.JobNearing(job=job.job)
             self.out.put_nowait(worker_pb2.JobsResponse(nearing=nearing))
             await self.worker.pace("prefill", tokens)
+        await self.filled("prefill")
         if self.lost("prefill", job.job, [chunk.sequence for chunk in taken]):
             return
         ended = []
@@ -202,6 +210,8 @@ class Stream:
         steps = 0
         while batch and steps < job.steps and job.job not in self.ending:
             await self.worker.pace("decode", len(batch))
+            if steps + 1 == job.steps and any(self.sequences[number].goes_on for number in batch):
+                await self.filled("decode")
             if self.lost("decode", job.job, batch):
                 return
             for number in batch:
@@ -214,12 +224,23 @@ class Stream:
             for number in [n for n in batch if self.sequences[n].finished]:
                 batch.remove(number)
                 self.leave(number, busy=False)
+        if batch and steps < job.steps:
+            await self.filled("decode")
         for number in batch:
             self.leave(number, busy=False)
         ends = self.worker.followed if steps == job.steps else self.worker.cut_short
         if batch or steps == job.steps:
             ends.append(bool(self.lanes["decode"]))
         self.done(job.job, refused=refused, steps=steps, seconds=0.001 * steps)
+
+    async def filled(self, kind: str) -> None:
+        """Wait for the job that is to follow, as long as the worker has patience. Nobody is told meanwhile
+        that the one that runs is about to end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.worker.patience):
+                while self.worker.patience and not self.lanes[kind]:
+                    self.wake[kind].clear()
+                    await self.wake[kind].wait()
 
     def step(self, job: int, numbers: Sequence[int], steps: int = 1) -> None:
         event = worker_pb2.StepEvents(job=job, steps=steps)
@@ -272,6 +293,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         """The same when the lease was ended."""
         self.prefills_followed: list[bool] = []
         """The same of prefill jobs."""
+        self.patience = 0.0
+        """Seconds for which the last step of a job goes on, if need be, until the job that is to follow is
+        there: only a scheduler that does not send it is too late then."""
         self.peak = 0
         self.quotas: dict[str, int] = {}
         self.quota_revision = 0
@@ -279,7 +303,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self._stream: Stream | None = None
         self._epoch = 0
         self._server: RpcServer | None = None
-        self.address = "127.0.0.1:0"
+        self.address = f"127.0.0.1:{free_port()}"
 
     @property
     def sequences(self) -> dict[int, OpenSequence]:

@@ -55,9 +55,13 @@ class Pair:
         await eventually(idle, 8)
 
 
-async def start(setting: Setting, slots: int = 4) -> tuple[Pair, FakeGateway]:
+async def two_workers(setting: Setting, slots: int = 4) -> Pair:
     workers = [await setting.worker(400, {"a": shape(slots=slots)}, seconds=0.005) for _ in range(2)]
-    pair = Pair(setting, workers)
+    return Pair(setting, workers)
+
+
+async def start(setting: Setting) -> tuple[Pair, FakeGateway]:
+    pair = await two_workers(setting)
     await pair.place(READY, None)
     return pair, await setting.gateway((await setting.scheduler()).address)
 
@@ -80,10 +84,12 @@ async def test_what_waits_and_what_runs_goes_on_at_the_other_unit(setting: Setti
     pair, gateway = await start(setting)
     clients = await ask_all(gateway, tokens=200)
     await clients[0].reach(20)
+    pair.workers[0].gate.clear()  # or it could be done before
     await pair.place(DRAINING, READY, drain=drain)
-    await eventually(lambda: pair.workers[0].available == pair.workers[0].blocks)
     await eventually(lambda: clients[0].attempt == 2)
     assert not clients[0].done.is_set()
+    pair.workers[0].gate.set()
+    await eventually(lambda: pair.workers[0].available == pair.workers[0].blocks)
     await pair.place(None, READY)
     await check_all(clients)
     await pair.settled()
@@ -106,8 +112,10 @@ async def test_a_hand_over_that_is_taken_back(setting: Setting) -> None:
     pair, gateway = await start(setting)
     clients = await ask_all(gateway, tokens=150)
     await clients[0].reach(20)
+    pair.workers[0].gate.clear()  # or it could be done before
     await pair.place(DRAINING, READY, drain=0.2)
     await eventually(lambda: clients[0].attempt == 2)
+    pair.workers[0].gate.set()
     await pair.place(READY, DRAINING)
     await eventually(lambda: pair.workers[1].available == pair.workers[1].blocks)
     await pair.place(READY, None)
@@ -117,15 +125,19 @@ async def test_a_hand_over_that_is_taken_back(setting: Setting) -> None:
 
 async def test_entries_that_a_unit_has_lost_sight_of_are_handed_back(setting: Setting) -> None:
     """What it took with a pull that was cut off, or before its scheduler died, is pending under its name."""
-    pair, gateway = await start(setting)
+    pair = await two_workers(setting)
     await pair.place(None, None)
+    gateway = FakeGateway(setting.queue)
     client = await gateway.ask("a", PROMPTS[0], 40)
-    # This takes it, or one of the unit's own that was cut off and still waits in Redis.
-    await setting.queue.pull({"a": 1}, "unit-0", 1000)
-    assert await setting.queue.depth("a") == 0
+    # Before there is a scheduler, whose own pull could take it first.
+    assert len(await setting.queue.pull({"a": 1}, "unit-0", 1000)) == 1
+    running = await setting.scheduler()
+    await gateway.attach(running.address)
+    await eventually(lambda: len(running.scheduler.status()) == 2)
     await pair.place(DRAINING, READY)
     await check_all([client])
     await pair.settled()
+    await gateway.detach()
 
 
 async def test_a_place_that_is_gone_without_a_word(setting: Setting) -> None:
@@ -143,6 +155,7 @@ async def test_requests_of_a_model_that_goes_to_sleep_wait_until_it_is_woken(set
     pair, gateway = await start(setting)
     clients = await ask_all(gateway, tokens=100)
     await clients[0].reach(20)
+    pair.workers[0].gate.clear()  # or some could be done before
     await pair.place(ASLEEP, None)
     queue = RequestQueue(setting.redis)
 
@@ -150,6 +163,7 @@ async def test_requests_of_a_model_that_goes_to_sleep_wait_until_it_is_woken(set
         return await queue.depth("a") == len(clients)
 
     await eventually(all_wait)
+    pair.workers[0].gate.set()
     await eventually(lambda: pair.workers[0].available == pair.workers[0].blocks)  # when its job has ended
     await pair.place(READY, None)
     await check_all(clients)

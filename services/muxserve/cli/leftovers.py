@@ -42,13 +42,14 @@ class Traces:
             for process in self._processes
             if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         ]
-        held: set[str] = set()
+        # Listed first: one that somebody makes while processes are asked would seem to be held by nobody.
+        files, held = _shared_files() - self._files, set[str]()
         for pid in psutil.pids():
             if _memfds(pid) & self._memory:
                 found.append(f"shared memory held by process {pid}")
             held |= _held_files(pid)
         # A new file that somebody alive holds is somebody else's: ours are all dead.
-        found += [f"{file}" for file in sorted(_shared_files() - self._files - held)]
+        found += sorted((files - held) & _shared_files())
         return found
 
 
