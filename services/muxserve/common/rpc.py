@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -97,6 +99,33 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, 
     await context.abort_with_status(to_status(error, error.request_id))
 
 
+class _Health(health.aio.HealthServicer):
+    """Whoever watches a service is told of changes until it leaves.
+
+    The library forgets all who watch a service when one of them leaves (grpcio-health-checking 1.81), so that
+    the others never hear of a change again.
+    """
+
+    _server_watchers: defaultdict[str, asyncio.Condition]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watching: Counter[str] = Counter()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        name = request.service
+        condition = self._server_watchers[name]
+        self._watching[name] += 1
+        try:
+            await super().Watch(request, context)
+        finally:
+            self._watching[name] -= 1
+            if self._watching[name]:
+                self._server_watchers[name] = condition
+            else:
+                del self._watching[name]
+
+
 class RpcServer:
     """A grpc.aio server that listens on `address` ("host:port", port 0 = any free one).
 
@@ -110,7 +139,7 @@ class RpcServer:
         self._address = address
         self._with_reflection = with_reflection
         self._names: list[str] = []
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         self._server = grpc.aio.server(
             interceptors=[ErrorInterceptor()],
             options=[
