@@ -37,7 +37,7 @@ def starter(reconciler: Reconciler, settings: PlacementSettings) -> Start:
         plan = reconciler.plan
         if plan is None:
             raise Unavailable("the placement is not known yet")
-        if plan.migration is not None or plan.planned:
+        if plan.under_way:
             raise FailedPrecondition("migrations are under way")
         plan.planned += [
             admin_pb2.Migration(

@@ -141,6 +141,11 @@ class Plan:
     pins: dict[str, bool] = field(default_factory=dict)
     """By model name, in place of what is configured."""
 
+    @property
+    def under_way(self) -> list[admin_pb2.Migration]:
+        """The migration that goes on, if one does, and those that are to follow."""
+        return [*([self.migration] if self.migration is not None else []), *self.planned]
+
     def places(self) -> Iterator[tuple[PlannedModel, Place]]:
         """Every place, with its model."""
         for model in self.models.values():

@@ -82,7 +82,7 @@ class Drains:
     async def attend(self, plan: Plan, workers: Mapping[str, admin_pb2.ServiceEntry]) -> float:
         """Go on with drains that have not ended."""
         left = [place.worker for _, place in plan.places() if place.worker in plan.drained]
-        idle = plan.migration is None and not plan.planned and self._task is None
+        idle = not plan.under_way and self._task is None
         if left and idle and asyncio.get_running_loop().time() >= self._next:
             self._task = asyncio.create_task(self._go_on(plan, left[0]), name=f"drain {left[0]}")
         return PAUSE

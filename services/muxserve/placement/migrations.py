@@ -92,7 +92,7 @@ class Migrations:
         """Roll back the migration under way (`migration_id`: only if it is that one), and drop what is to
         follow. Raises NotFound, FailedPrecondition."""
         plan = self.plan
-        found = plan.migration or (plan.planned[0] if plan.planned else None)
+        found = next(iter(plan.under_way), None)
         if found is None or migration_id not in ("", found.id):
             raise NotFound("migration", migration_id, "none is under way" if found is None else "")
         if found.phase not in machine.REVERSIBLE | {machine.ROLLING_BACK}:
@@ -188,8 +188,7 @@ class Migrations:
         )
 
     def _check_idle(self) -> None:
-        plan = self.plan
-        busy = plan.migration or (plan.planned[0] if plan.planned else None)
+        busy = next(iter(self.plan.under_way), None)
         if busy is not None:
             way = f"{busy.source_worker or 'nowhere'} to {busy.target_worker or 'nowhere'}"
             raise FailedPrecondition(

@@ -201,7 +201,7 @@ def _stage(plan: Plan, model: PlannedModel, place: Place) -> Stage | None:
     they leave comes free."""
     if plan.migration is not None and plan.migration.model == model.name and place.state == DRAINING:
         return Stage.LEAVING if place.occupied else None
-    if any(migration.model == model.name for migration in _under_way(plan)):
+    if any(migration.model == model.name for migration in plan.under_way):
         return Stage.FIXED if place.occupied else None
     if place.state == ASLEEP:
         return Stage.LEAVING if place.occupied else Stage.ASLEEP
@@ -220,10 +220,6 @@ def _to_come(plan: Plan) -> list[PlaceView]:
         size = max((place.shape.weight_bytes for place in model.places.values() if place.shape), default=0)
         coming[model.name, target] = PlaceView(model.name, target, Stage.FIXED, size, 0.0)
     return list(coming.values())
-
-
-def _under_way(plan: Plan) -> list[admin_pb2.Migration]:
-    return [*([plan.migration] if plan.migration is not None else []), *plan.planned]
 
 
 def _prior(weight_bytes: int) -> float:
