@@ -166,15 +166,20 @@ class Experiment:
         self.tell(f"flooded: {tokens:.0f} tokens/s, {found:.1f} requests/s")
         return found
 
-    def _flipping(self, rate: float, before: float, after: float) -> list[Request]:
+    def _flipping(self, rate: float, before: float) -> list[Request]:
+        """Arrivals of which the popularity flips after `before`."""
         old = self._mixes[0].poisson(rate, before, self._plan.seed)
-        return [*old, *shifted(self._mixes[1].poisson(rate, after, self._plan.seed + 2), before)]
+        return [*old, *shifted(self._after(rate), before)]
+
+    def _after(self, rate: float) -> list[Request]:
+        """What arrives from the flip on, in every run."""
+        return self._mixes[1].poisson(rate, self._plan.after, self._plan.seed + 2)
 
     async def _by_advisor(self, deployment: Deployment, rate: float) -> tuple[Flip, Loaded]:
         """The flip, and where models were right before it."""
         plan = self._plan
         flip = Flip(Run(time.monotonic()), plan.before, plan.before + plan.after)
-        requests = self._flipping(rate, plan.before, plan.after)
+        requests = self._flipping(rate, plan.before)
         found, before = await asyncio.gather(
             self._watched(deployment, flip, requests), self._at(flip, deployment)
         )
@@ -193,7 +198,7 @@ class Experiment:
         """The flip, and an operator who asks for a rebalancing some time after it, and again."""
         plan = self._plan
         flip = Flip(Run(time.monotonic()), plan.by_hand_before, plan.by_hand_before + plan.after)
-        requests = self._flipping(rate, plan.by_hand_before, plan.after)
+        requests = self._flipping(rate, plan.by_hand_before)
         operator = asyncio.create_task(self._operate(deployment, flip))
         try:
             await self._watched(deployment, flip, requests)
@@ -247,7 +252,6 @@ class Experiment:
 
     async def _static(self, deployment: Deployment, rate: float, name: str) -> list[Stream]:
         plan, run = self._plan, Run(time.monotonic())
-        requests = self._mixes[1].poisson(rate, plan.after, plan.seed + 2)
-        await send(deployment.gateway, requests, run, plan.drain)
+        await send(deployment.gateway, self._after(rate), run, plan.drain)
         self.tell(f"static, {name}: {judging.accounts(run.streams)}")
         return run.streams
