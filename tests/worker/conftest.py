@@ -51,6 +51,14 @@ async def worker(shared: Harness) -> AsyncIterator[Harness]:
     await shared.assert_idle()
 
 
+@pytest_asyncio.fixture(loop_scope="session")
+async def loaded_wide(worker: Harness, wide: Path) -> AsyncIterator[Path]:
+    """That worker has "wide" too, during the test."""
+    await worker.load("wide", wide)
+    yield wide
+    await worker.unload("wide")
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """The directory that is a device to all processes of the test."""

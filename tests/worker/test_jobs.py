@@ -53,11 +53,10 @@ async def test_leases_of_any_length_give_the_same_text(worker: Harness, llama: P
 
 
 async def test_decode_jobs_of_different_models_run_side_by_side_and_those_of_one_in_turn(
-    worker: Harness, wide: Path
+    worker: Harness, loaded_wide: Path
 ) -> None:
     executors = (await worker.info()).executors
     assert [executor.kind for executor in executors] == ["prefill", "decode", "decode"]
-    await worker.load("wide", wide)
     async with worker.stream() as stream:
         numbers = {
             model: [await stream.open(model, prompt, STEPS + 20) for prompt in prompts(20, 33)]
@@ -73,13 +72,11 @@ async def test_decode_jobs_of_different_models_run_side_by_side_and_those_of_one
         assert first.ended.is_set()
         await stream.result(two)
         assert stream.ended[-3:] == [other, one, two], "qwen would have had to wait for a lease"
-    await worker.unload("wide")
 
 
 async def test_that_a_prompt_nears_its_end_is_told_once_if_somebody_wants_to_know(
-    worker: Harness, wide: Path
+    worker: Harness, loaded_wide: Path
 ) -> None:
-    await worker.load("wide", wide)
     async with worker.stream() as stream:
         numbers = [await stream.open("wide", prompt, 2) for prompt in prompts(500, 501)]
         jobs = [
@@ -89,7 +86,6 @@ async def test_that_a_prompt_nears_its_end_is_told_once_if_somebody_wants_to_kno
         results = [await stream.result(job) for job in jobs]
         assert [result.nearing for result in results] == [[], [0]], "before its token"
         assert all(len(result.tokens) == 1 for result in results)
-    await worker.unload("wide")
 
 
 async def test_an_exclusive_decode_job_has_no_other_beside_it(worker: Harness) -> None:
@@ -199,10 +195,9 @@ async def test_a_prompt_that_was_not_said_to_join_is_refused_alone(worker: Harne
 
 
 async def test_a_prompt_whose_job_has_no_step_is_computed_by_the_next_one(
-    worker: Harness, wide: Path
+    worker: Harness, loaded_wide: Path
 ) -> None:
     asked = prompts(5, 60, seed=23)
-    await worker.load("wide", wide)
     async with worker.stream() as stream:
         running, late = [await stream.open("wide", prompt, STEPS + 50) for prompt in asked]
         await stream.prefill("wide", {running: (0, 5)})
@@ -217,8 +212,7 @@ async def test_a_prompt_whose_job_has_no_step_is_computed_by_the_next_one(
         await stream.result(job)
         first = await stream.prefill("wide", {late: (16, 60)})
         rest = await stream.decode("wide", [late], NEW - 1)
-    assert first.tokens[late] + rest.tokens[late] == expected(wide, "float32", asked[1:])[0]
-    await worker.unload("wide")
+    assert first.tokens[late] + rest.tokens[late] == expected(loaded_wide, "float32", asked[1:])[0]
 
 
 async def test_positions_and_logprobs_come_with_each_token(worker: Harness) -> None:
@@ -246,9 +240,8 @@ async def test_a_chunk_that_does_not_end_the_prompt_samples_nothing(worker: Harn
         assert len((await stream.prefill("llama", {number: (20, 30)})).tokens[number]) == 1
 
 
-async def test_end_lease_ends_a_decode_job_after_its_step(worker: Harness, wide: Path) -> None:
+async def test_end_lease_ends_a_decode_job_after_its_step(worker: Harness, loaded_wide: Path) -> None:
     [prompt] = prompts(5)
-    await worker.load("wide", wide)
     async with worker.stream() as stream:
         number = await stream.open("wide", prompt, STEPS + 10)
         await stream.prefill("wide", {number: (0, 5)})
@@ -261,7 +254,6 @@ async def test_end_lease_ends_a_decode_job_after_its_step(worker: Harness, wide:
         # It stands where it ended, and goes on from there.
         more = await stream.decode("wide", [number], 2)
         assert list(more.steps[0].positions) == [result.steps[-1].positions[0] + 1]
-    await worker.unload("wide")
 
 
 async def test_jobs_wait_their_turn_in_order(worker: Harness) -> None:
@@ -367,9 +359,8 @@ async def test_a_chunk_out_of_order_closes_its_sequence_and_no_other(worker: Har
         assert (await stream.decode("llama", [early], 1)).refused == {early: "NOT_OPEN"}
 
 
-async def test_closing_while_a_job_runs_frees_when_it_ends(worker: Harness, wide: Path) -> None:
+async def test_closing_while_a_job_runs_frees_when_it_ends(worker: Harness, loaded_wide: Path) -> None:
     [prompt] = prompts(5)
-    await worker.load("wide", wide)
     async with worker.stream() as stream:
         number = await stream.open("wide", prompt, STEPS + 10)
         await stream.prefill("wide", {number: (0, 5)})
@@ -380,7 +371,6 @@ async def test_closing_while_a_job_runs_frees_when_it_ends(worker: Harness, wide
         done = (await stream.result(job)).done
         assert done.available_blocks == 2048
         assert done.steps < STEPS
-    await worker.unload("wide")
 
 
 async def test_the_end_of_a_stream_frees_everything_it_held(worker: Harness) -> None:

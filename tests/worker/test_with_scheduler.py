@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -163,17 +161,15 @@ async def test_a_quota_is_deferred_while_more_is_held_and_applied_when_it_is_giv
         await eventually(lambda: is_now(applied, QuotaState.APPLIED))
         client = await unit.gateway.ask("m", [5] * 64, 900)
         await client.reach(8)
-        decoder = next(e.pid for e in (await unit.worker.info()).executors if e.kind == "decode")
-        os.kill(decoder, signal.SIGSTOP)
-        small = await ask(store, 6)
-        await eventually(lambda: is_now(small, QuotaState.DEFERRED))
-        (newest, *_) = await store.history(UNIT)
-        assert list(newest.above) == ["m"]
-        blocks = (await unit.worker.info()).pool.models[0]
-        assert (blocks.quota_blocks, blocks.borrowed_blocks) == (6, blocks.held_blocks - 6)
-        assert not client.done.is_set(), "nothing is taken from anybody"
-        await unit.gateway.cancel(client)
-        os.kill(decoder, signal.SIGCONT)
+        async with unit.worker.stopped("decode"):
+            small = await ask(store, 6)
+            await eventually(lambda: is_now(small, QuotaState.DEFERRED))
+            (newest, *_) = await store.history(UNIT)
+            assert list(newest.above) == ["m"]
+            blocks = (await unit.worker.info()).pool.models[0]
+            assert (blocks.quota_blocks, blocks.borrowed_blocks) == (6, blocks.held_blocks - 6)
+            assert not client.done.is_set(), "nothing is taken from anybody"
+            await unit.gateway.cancel(client)
         await eventually(lambda: is_now(small, QuotaState.APPLIED))
         first, second = await ask(store, 7), await ask(store, 8)
         await eventually(lambda: is_now(second, QuotaState.APPLIED))
