@@ -167,12 +167,14 @@ def test_who_cannot_wait_is_refused_at_once_with_the_wait(
             ask(client, name)
         sleeping = [model.name for model in client.models() if model.state is ModelState.ASLEEP]
         assert len(sleeping) == len(NAMES) - ROOM
+        took = []
         for name in sleeping:
             began = time.monotonic()
             with pytest.raises(Unavailable, match=r"asleep.* the request has [23]\.\d\d s") as caught:
                 ask(client, name, timeout=3.0)
-            assert time.monotonic() - began < 2  # who waits does so for 3 s
+            took.append(time.monotonic() - began)
             assert caught.value.retry_after is not None and 3.0 < caught.value.retry_after < 25.0
+        assert min(took) < 0.1 and max(took) < 2  # a busy machine may stop; who waits does so for 3 s
         before = loads(up)
         assert all(before[name] == 0 for name in sleeping)  # who is refused wakes nobody
         # With a model pinned for each place there will never be room.

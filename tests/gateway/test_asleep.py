@@ -42,11 +42,14 @@ async def test_who_cannot_wait_is_refused_at_once_and_told_how_long_it_takes(
     up: Running, smollm2: Path
 ) -> None:
     await fall_asleep(up, smollm2, 5.0)
-    began = time.monotonic()
-    refused = await refusal(up.generate(timeout=4))
-    assert time.monotonic() - began < 2  # who waits does so for 4 s
-    assert (refused.code, refused.retry_after) == (grpc.StatusCode.UNAVAILABLE, 5.0)
-    assert "5.00 s" in refused.message
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        refused = await refusal(up.generate(timeout=4))
+        took.append(time.monotonic() - began)
+        assert (refused.code, refused.retry_after) == (grpc.StatusCode.UNAVAILABLE, 5.0)
+        assert "5.00 s" in refused.message
+    assert min(took) < 0.1 and max(took) < 2  # a busy machine may stop; who waits does so for 4 s
     await up.wait_for_queue(0)
 
 
