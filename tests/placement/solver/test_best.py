@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import ClassVar
 
 import pytest
 
@@ -202,6 +204,23 @@ def test_where_there_is_too_little_the_judge_also_sees_states_that_spread_it_les
     assert state is not None
     assert state != exhaustive(Objective(work, COSTS))
     assert mild.score(state) == max(mild.score(as_state(each, mild)) for each in seen)
+
+
+class PickledClock(Clock):
+    """Tells in which thread it was pickled."""
+
+    threads: ClassVar[list[threading.Thread]] = []
+
+    def __reduce__(self) -> tuple[type[Clock], tuple[float]]:
+        self.threads.append(threading.current_thread())
+        return Clock, (self.step,)
+
+
+def test_what_the_second_process_gets_is_not_read_while_the_search_adds_to_it() -> None:
+    work = random_workload(random.Random(1), 8, 8)
+    PickledClock.threads.clear()
+    best(work, COSTS, 1.0, PickledClock(), lambda placements: [0.0] * len(placements))
+    assert PickledClock.threads == [threading.current_thread()]
 
 
 def test_the_time_limit_is_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -52,9 +53,10 @@ def best(
     search = partial(_search, baselines=baselines, until=until, clock=clock, seed=seed)
     if judge is None:
         return objective.placement(search(objective, progress=progress)[0].state)
-    mild = objective.with_hunger(MILD_HUNGER)
+    # Before the search begins, which adds to what the objectives know: the pool would do it meanwhile.
+    mild = pickle.dumps(partial(search, objective.with_hunger(MILD_HUNGER)))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as beside:
-        of_mild = beside.submit(search, mild)
+        of_mild = beside.submit(_thawed, mild)
         found = search(objective, progress=progress)
         milder = of_mild.result()
     close = found[0].score - CLOSE * workload.rate
@@ -63,6 +65,12 @@ def best(
     candidates = _complete(_distinct([own[0], *rivals, *own[1:]]))[: len(rivals) + FINALISTS]
     scores = judge(candidates)
     return candidates[max(range(len(candidates)), key=lambda i: scores[i])]
+
+
+def _thawed(search: bytes) -> list[Found]:
+    """What a pickled search finds."""
+    found: list[Found] = pickle.loads(search)()
+    return found
 
 
 def _search(
