@@ -1,6 +1,6 @@
 """`python -m benchmarks.online`: popularity flips on two workers of one core each, and models follow.
 
-Six models, skewed by alpha = 2.1; each worker has room for the weights of three. The rate is 0.55 of what
+Six models, skewed by alpha = 2.1; each worker has room for the weights of three. The rate is 0.5 of what
 both workers serve together when flooded, so that the most popular model takes most of one of them, and it
 matters who is there beside it. In the middle of a run the order of popularity is reversed. (Where the model
 that was least popular is beside the most popular one, and nothing else is, the order can be reversed and
@@ -59,6 +59,8 @@ def main() -> int:
     """Exit code 1 if it could not be measured."""
     options = _arguments()
     plan = replace(QUICK if options.quick else Plan(), seed=options.seed)
+    if options.out is not None:  # that it cannot be written is better known now than in the end
+        options.out.mkdir(parents=True, exist_ok=True)
     try:
         checkpoint = options.model or default_model()
         described, others = machine.describe(), machine.Others([os.getpid()])
@@ -71,7 +73,6 @@ def main() -> int:
     record = {"environment": described | {"other_cores": others.cores()}, "plan": asdict(plan)}
     record |= judge(plan, found)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         name = "online-quick" if options.quick else "online"
         (options.out / f"{name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
         plot(record, options.out / f"{name}.png")

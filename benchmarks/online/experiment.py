@@ -36,7 +36,7 @@ class Plan:
 
     models: tuple[str, ...] = ("m0", "m1", "m2", "m3", "m4", "m5")
     alpha: float = 2.1
-    load: float = 0.55
+    load: float = 0.5
     """Rate, in parts of what is served when too much arrives."""
     flood: float = 20.0
     before: float = 90.0

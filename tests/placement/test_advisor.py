@@ -198,6 +198,21 @@ def test_a_gain_that_does_not_pay_for_loading_is_not_worth_it() -> None:
     assert advise(TWO, slow, Options(horizon=86400.0)).worthwhile
 
 
+def test_who_is_in_the_way_of_a_copy_goes_where_there_is_room() -> None:
+    """The hot model is to be on both, and the worker that it is not on yet is full."""
+    models = [
+        model("hot", 1.5, "a"),
+        model("k", 0.02, "a"),
+        model("l", 0.1, "b"),
+        model("m", 0.1, "b"),
+        model("n", 0.1, "b"),
+    ]
+    advice, places = result(TWO, models)
+    assert advice.worthwhile
+    assert places["hot"] == {"a", "b"}
+    assert all(places.values()), "nobody is left without a place"
+
+
 def test_who_asks_gets_what_is_too_little_to_be_done_by_itself() -> None:
     models = [model("m", 0.42, "a"), model("n", 0.21, "a"), model("o", 0.05, "b")]
     assert not advise(TWO, models).worthwhile

@@ -71,6 +71,43 @@ def test_a_burst_that_ends_leaves_the_rate_as_it_was() -> None:
         assert arrivals.rate == pytest.approx(before, abs=0.8)
 
 
+def test_seconds_in_which_nothing_comes_do_not_say_that_nothing_will_come() -> None:
+    for seed in range(10):
+        arrivals = Arrivals(seed)
+        arrivals.go_on(300, 4.0)
+        arrivals.go_on(11, 0.0)
+        assert arrivals.rate > 0.02
+        arrivals.go_on(300, 0.0)
+        assert arrivals.rate < 0.01
+
+
+def regular(traffic: Traffic, begin: int, end: int, rates: dict[str, tuple[float, float]]) -> None:
+    """Every second from `begin` to `end`; rates before and from the hundredth second on."""
+    for second in range(begin, end + 1):
+        for name, (before, after) in rates.items():
+            total = before * min(second, 100) + after * max(0, second - 100)
+            traffic.arrivals(name, float(second), int(total))
+
+
+def test_where_popularity_changes_a_slight_change_is_noticed_sooner() -> None:
+    """Half a request per second that become one and a half are no burst yet; beside a flip they are believed."""
+    alone, beside = Traffic(), Traffic()
+    regular(alone, 0, 115, {"m": (0.5, 1.5)})
+    regular(beside, 0, 115, {"hot": (10.0, 1.0), "m": (0.5, 1.5), "n": (1.0, 1.0)})
+    assert alone.flow("m").rate < 0.75
+    assert beside.flow("m").rate > 0.95
+    assert beside.flow("hot").rate == pytest.approx(1.0, abs=0.2)
+    assert beside.flow("n").rate == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_small_model_that_changes_says_nothing_of_the_others() -> None:
+    alone, beside = Traffic(), Traffic()
+    regular(alone, 0, 115, {"m": (0.5, 1.5)})
+    regular(beside, 0, 115, {"m": (0.5, 1.5), "small": (2.0, 0.0), "large": (40.0, 40.0)})
+    assert beside.flow("small").rate < 0.2
+    assert beside.flow("m").rate == alone.flow("m").rate
+
+
 def test_a_stated_rate_counts_until_traffic_says_otherwise() -> None:
     arrivals = Arrivals(1, {"m": 5.0})
     assert arrivals.rate == 5.0

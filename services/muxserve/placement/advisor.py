@@ -53,13 +53,13 @@ class Options:
     """Seconds for which traffic is expected to stay as it is."""
     margin: float = 1.5
     """The gain has to be so many times the cost."""
-    least: float = 0.08
+    least: float = 0.02
     """Part of the perfect score that has to be gained."""
 
     def asked(self) -> Options:
         """Where somebody asks: moves cannot come one after the other by themselves, and less has to be
         gained."""
-        return replace(self, margin=1.0, least=0.02)
+        return replace(self, margin=1.0, least=0.01)
 
 
 def advise(workers: Sequence[Worker], models: Sequence[Served], options: Options | None = None) -> Advice:
@@ -182,8 +182,17 @@ class _Advisor:
             exchanged = {k: more - {j}}
             if self._situation.can_spare(state, j):
                 yield changed(state, exchanged)
+            yield from self._make_way(state, j, k, exchanged)
             for source in sources:
                 swapped = state[source] - {i} | {j}
                 may = j not in state[source] and self._situation.may_come(j, source)
                 if may and self._situation.fits(source, swapped):
                     yield changed(state, exchanged | {source: swapped})
+
+    def _make_way(self, state: Loaded, j: int, k: int, given: dict[int, frozenset[int]]) -> Iterator[Loaded]:
+        """`j` goes from `k`, where something else is `given` instead, to where there is room."""
+        for other, models in enumerate(state):
+            if other != k and j not in models and self._situation.may_come(j, other):
+                moved = models | {j}
+                if self._situation.fits(other, moved):
+                    yield changed(state, given | {other: moved})

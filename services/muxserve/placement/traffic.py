@@ -2,7 +2,9 @@
 
 Rates are weighted exponentially twice: a slow one that is planned with, and a fast one that notices change.
 Where the fast one leaves the noise of the slow one there is a burst; one that lasts is no burst but the new
-rate, and the slow one begins again from it. Pure: moments are passed in, in seconds of any one clock.
+rate, and the slow one begins again from it. A large change of one model makes what is known of the others
+count less, as popularity often changes for all at once. Pure: moments are passed in, in seconds of any one
+clock.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ PATIENCE = 8.0
 """Seconds after which a burst is taken for the new rate, unless it is just over."""
 LASTING = 0.4
 """Part of its height that a burst must still have to be no burst."""
+SHIFT = 0.1
+"""Part of all requests by which a model's rate has to change for other models' rates to be doubted."""
+DOUBTED = 6.0
+"""Seconds of traffic that such a rate then counts as."""
+MOMENT = 2.0
+"""Seconds of the rate before that count with a new one, or as many as a request takes to come."""
 PRIOR_SECONDS = 10.0
 """How much a stated rate counts: as much as so many seconds of traffic."""
 PRIOR_TOKENS = 128.0
@@ -115,7 +123,9 @@ class Traffic:
         series.latest.add(total - before, elapsed)
         if series.burst is not None:
             series.burst.add(total - before, elapsed)
-        self._judge(series)
+        usual = series.slow.value
+        if self._judge(series):
+            self._doubt_others(series, abs(series.slow.value - usual))
 
     def lengths(self, model: str, source: str, now: float, counters: Lengths) -> None:
         """What `source` has counted so far. Counters that fell have begun again."""
@@ -157,9 +167,16 @@ class Traffic:
             self._models[model] = _Series(slow, fast, _Rate(LAST), now, now, measured=now)
         return self._models[model]
 
+    def _doubt_others(self, series: _Series, change: float) -> None:
+        """The rate of `series` has changed by so much."""
+        if change >= SHIFT * sum(other.slow.value for other in self._models.values()):
+            for other in self._models.values():
+                if other is not series:
+                    _doubt(other)
+
     @staticmethod
-    def _judge(series: _Series) -> None:
-        """Whether there is a burst, and whether it has become the rate."""
+    def _judge(series: _Series) -> bool:
+        """Notice a burst and its end; whether it has become the rate now."""
         distance = abs(deviation(series.fast.value, series.slow.value, 2 * series.fast.seconds))
         if series.burst is None:
             if distance >= ALARM:
@@ -169,7 +186,29 @@ class Traffic:
         elif series.burst.seconds >= PATIENCE * 0.95:  # weighted: a little less than those that passed
             height = series.burst.value - series.slow.value
             if abs(height) <= (series.latest.value - series.slow.value) / LASTING * math.copysign(1, height):
-                series.slow, series.burst = series.burst, None
+                _renew(series, series.burst)
+                return True
+        return False
+
+
+def _doubt(series: _Series) -> None:
+    """Popularity has changed, and perhaps that of this model, too: the last seconds count as much as all that
+    was before them, and what is a burst is the new rate."""
+    if series.burst is not None:
+        _renew(series, series.burst)
+        return
+    weight = min(series.slow.seconds, DOUBTED)
+    before = series.slow.value * weight
+    series.slow = _Rate(SLOW, before + series.fast.events, weight + series.fast.seconds)
+
+
+def _renew(series: _Series, burst: _Rate) -> None:
+    """A burst is the rate now. A moment of the rate before, of one request at most, counts with it: some
+    seconds in which nothing comes do not say that nothing will come."""
+    before = series.slow.value
+    seconds = min(MOMENT, 1 / before) if before else 0.0
+    series.slow = _Rate(SLOW, burst.events + before * seconds, burst.seconds + seconds)
+    series.burst = None
 
 
 def deviation(rate: float, usual: float, seconds: float) -> float:

@@ -226,7 +226,23 @@ class _Unit:
         return max(longer, turn), prefill
 
 
-def value(headroom: float, ratio: float) -> float:
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Where requests begin to miss an SLO of eight times their latency alone: half of them do at `enough`
+    headroom, and half at `slow` times their latency alone."""
+
+    enough: float
+    enough_width: float
+    slow: float
+    slow_width: float
+    """Of the logistic curves there."""
+
+
+CERTAIN = Tolerance(1.1, 0.04, 5.0, 0.5)
+"""Rates, lengths and costs are given: as the simulator has it."""
+
+
+def value(headroom: float, ratio: float, tolerance: Tolerance = CERTAIN) -> float:
     """What a request per second is worth on a unit with that headroom, 0 to 1, if it takes `ratio` times as
     long there as alone.
 
@@ -235,13 +251,11 @@ def value(headroom: float, ratio: float) -> float:
     """
     if headroom <= 0:
         return 0.0
-    room = 1 / (1 + math.exp(-(headroom - ENOUGH) / 0.04))
-    pace = 1 / (1 + math.exp((ratio - SLOW) / 0.5))
+    room = _logistic((headroom - tolerance.enough) / tolerance.enough_width)
+    pace = _logistic((tolerance.slow - ratio) / tolerance.slow_width)
     more = 0.03 * (1 - math.exp(-headroom)) + 0.02 * math.exp(-ratio / 4)
     return 0.65 * min(1.0, headroom) + 0.3 * room * pace + more
 
 
-ENOUGH = 1.1
-"""Headroom with which half of the requests meet an SLO of eight times their latency alone."""
-SLOW = 5.0
-"""Latency, in multiples of that alone, with which half of them do: they spread around the mean."""
+def _logistic(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
