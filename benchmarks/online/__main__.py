@@ -1,6 +1,6 @@
 """`python -m benchmarks.online`: popularity flips on two workers of one core each, and models follow.
 
-Six models, skewed by alpha = 2.1; each worker has room for the weights of three. The rate is 0.5 of what
+Six models, skewed by alpha = 2.1; each worker has room for the weights of three. The rate is 0.45 of what
 both workers serve together when flooded, so that the most popular model takes most of one of them, and it
 matters who is there beside it. In the middle of a run the order of popularity is reversed. (Where the model
 that was least popular is beside the most popular one, and nothing else is, the order can be reversed and
@@ -46,7 +46,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="within nine minutes")
+    parser.add_argument("--quick", action="store_true", help="within twelve minutes")
     parser.add_argument("--model", type=Path, help="GGUF file (default: SmolLM2 of the demo)")
     parser.add_argument("--rate", type=float, help="requests per second (default: by what can be served)")
     parser.add_argument("--seed", type=int, default=7)

@@ -70,6 +70,7 @@ class Deployment:
         self._serving = serving
         self.gateway: str = serving.ready["gateway"]
         self.admin: str = serving.ready["admin"]
+        self.redis: str = serving.ready["redis"]
         self._channel = grpc.aio.insecure_channel(self.admin)
         self.stub = admin_pb2_grpc.AdminServiceStub(self._channel)
 

@@ -36,8 +36,9 @@ class Plan:
 
     models: tuple[str, ...] = ("m0", "m1", "m2", "m3", "m4", "m5")
     alpha: float = 2.1
-    load: float = 0.5
-    """Rate, in parts of what is served when too much arrives."""
+    load: float = 0.45
+    """Rate, in parts of what is served when too much arrives: as much as the best static placement serves in
+    time also while the machine is slower."""
     flood: float = 20.0
     before: float = 90.0
     after: float = 120.0
@@ -71,7 +72,7 @@ class Plan:
 QUICK = Plan(
     flood=10.0,
     before=35.0,
-    after=75.0,
+    after=105.0,
     settled=45.0,
     by_hand_before=12.0,
     width=12.0,
@@ -117,9 +118,7 @@ class Experiment:
     async def run(self, rate: float | None) -> Found:
         """Everything. `rate`: of arrivals; None: by `load`. Raises ContenderFailed, Failed."""
         plan = self._plan
-        paths = copies(self._checkpoint, plan.models, self._folder / "models")
-        weights = open_checkpoint(paths[plan.models[0]], "bfloat16").weight_bytes("panels")
-        setup = Setup(paths, round((ROOM + 0.5) * weights), plan.arena)
+        setup = self._setup()
         deployment = await Deployment.start(setup, self._folder / "by-advisor")
         try:
             slo = await self._slo(deployment)
@@ -141,6 +140,12 @@ class Experiment:
     def tell(self, line: str) -> None:
         """On standard error, with the time."""
         print(f"{time.monotonic() - self._begun:6.1f} s  {line}", file=sys.stderr, flush=True)
+
+    def _setup(self) -> Setup:
+        """Two workers with room for the weights of `ROOM` models each."""
+        paths = copies(self._checkpoint, self._plan.models, self._folder / "models")
+        weights = open_checkpoint(paths[self._plan.models[0]], "bfloat16").weight_bytes("panels")
+        return Setup(paths, round((ROOM + 0.5) * weights), self._plan.arena)
 
     async def _slo(self, deployment: Deployment) -> Slo:
         gateway = target(deployment.gateway)

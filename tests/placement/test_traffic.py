@@ -90,7 +90,7 @@ def regular(traffic: Traffic, begin: int, end: int, rates: dict[str, tuple[float
 
 
 def test_where_popularity_changes_a_slight_change_is_noticed_sooner() -> None:
-    """Half a request per second that become one and a half are no burst yet; beside a flip they are believed."""
+    """One half that becomes one and a half is no burst yet; beside a flip it is believed."""
     alone, beside = Traffic(), Traffic()
     regular(alone, 0, 115, {"m": (0.5, 1.5)})
     regular(beside, 0, 115, {"hot": (10.0, 1.0), "m": (0.5, 1.5), "n": (1.0, 1.0)})
@@ -98,6 +98,18 @@ def test_where_popularity_changes_a_slight_change_is_noticed_sooner() -> None:
     assert beside.flow("m").rate > 0.95
     assert beside.flow("hot").rate == pytest.approx(1.0, abs=0.2)
     assert beside.flow("n").rate == pytest.approx(1.0, abs=0.1)
+
+
+def test_who_believes_bursts_knows_of_a_flip_before_it_has_lasted() -> None:
+    traffic = Traffic()
+    regular(traffic, 0, 107, {"hot": (10.0, 1.0), "cold": (1.0, 10.0)})
+    assert traffic.flow("hot").rate > 7
+    assert traffic.flow("cold").rate < 3
+    believing = traffic.believing()
+    assert believing.flow("hot").rate < 3
+    assert believing.flow("cold").rate > 7
+    assert not believing.flow("hot").burst
+    assert traffic.flow("hot").burst, "what is known otherwise stays as it is"
 
 
 def test_a_small_model_that_changes_says_nothing_of_the_others() -> None:

@@ -94,17 +94,20 @@ class Rebalancer:
                 due = loop.time() + self._settings.rebalance_interval
 
     async def plan(self) -> admin_pb2.PlanResponse:
-        """What would be done now if somebody asked for it, and what is known of traffic. Raises Unavailable
-        while Redis is away."""
+        """What would be done now if somebody asked for it, and what is known of traffic: who asks does so
+        because something has changed, and bursts are believed. Raises Unavailable while Redis is away."""
         await self._watch.look(self._placement())
-        advice, models = await self._advise(self._placement(), self._options.asked(), rest=0.0)
+        placement = self._placement()
+        models = self._watch.models(placement, rest=0.0, believe=True)
+        advice = await self._advise(placement, models, self._options.asked())
         return view.response(advice, models, self._watch.traffic)
 
     async def _consider(self) -> None:
         placement = self._placement()
         if placement.HasField("migration") or placement.planned:
             return
-        advice, models = await self._advise(placement, self._options, self._settings.rebalance_rest)
+        models = self._watch.models(placement, self._settings.rebalance_rest)
+        advice = await self._advise(placement, models, self._options)
         if not advice.worthwhile or max(model.flow.seconds for model in models) < LEAST:
             return
         if self._placement().epoch != placement.epoch:  # it has changed meanwhile: look again
@@ -123,13 +126,12 @@ class Rebalancer:
             log.warning("not rebalanced", reason=str(error))
 
     async def _advise(
-        self, placement: admin_pb2.Placement, options: Options, rest: float
-    ) -> tuple[Advice, list[Served]]:
+        self, placement: admin_pb2.Placement, models: Sequence[Served], options: Options
+    ) -> Advice:
         """In a thread: it may take some tenths of a second."""
-        workers, models = self._watch.workers(placement), self._watch.models(placement, rest)
-        advice = await asyncio.to_thread(advise, workers, models, options)
+        advice = await asyncio.to_thread(advise, self._watch.workers(placement), models, options)
         moves = between_workers(advice.moves, models)
-        return replace(advice, moves=moves, worthwhile=advice.worthwhile and bool(moves)), models
+        return replace(advice, moves=moves, worthwhile=advice.worthwhile and bool(moves))
 
 
 def between_workers(moves: Sequence[Move], models: Sequence[Served]) -> tuple[Move, ...]:

@@ -51,10 +51,11 @@ class Watch:
         infos = {worker: info for worker, (_, info) in self._infos.items()}
         return view.workers(placement, infos, self._speeds)
 
-    def models(self, placement: admin_pb2.Placement, rest: float) -> list[Served]:
-        """The models of `placement` with their traffic."""
+    def models(self, placement: admin_pb2.Placement, rest: float, believe: bool = False) -> list[Served]:
+        """The models of `placement` with their traffic. `believe`: what may be a burst is the new rate."""
         now_ms = round(time.time() * 1000)
-        return view.models(placement, self.traffic, self._waiting, now_ms, rest)
+        traffic = self.traffic.believing() if believe else self.traffic
+        return view.models(placement, traffic, self._waiting, now_ms, rest)
 
     async def look(self, placement: admin_pb2.Placement) -> None:
         """Read everything once. Raises Unavailable while Redis is away."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 SLOW, FAST, LAST = 90.0, 6.0, 2.0
@@ -142,6 +143,16 @@ class Traffic:
         series.requests = series.requests * kept + finished
         series.prompts = series.prompts * kept + max(0, counters.prompt_tokens - before.prompt_tokens)
         series.outputs = series.outputs * kept + max(0, counters.output_tokens - before.output_tokens)
+
+    def believing(self) -> Traffic:
+        """A copy that takes every burst for the new rate at once."""
+        other = deepcopy(self)
+        for series in other._models.values():
+            if series.burst is not None:
+                usual = series.slow.value
+                _renew(series, series.burst)
+                other._doubt_others(series, abs(series.slow.value - usual))
+        return other
 
     def flow(self, model: str) -> Flow:
         """What is known of `model`."""

@@ -237,6 +237,12 @@ class Tolerance:
     slow_width: float
     """Of the logistic curves there."""
 
+    def in_time(self, headroom: float, ratio: float) -> float:
+        """Part of requests on a unit with that headroom, of a model that takes `ratio` times as long there as
+        alone."""
+        room = _logistic((headroom - self.enough) / self.enough_width)
+        return room * _logistic((self.slow - ratio) / self.slow_width)
+
 
 CERTAIN = Tolerance(1.1, 0.04, 5.0, 0.5)
 """Rates, lengths and costs are given: as the simulator has it."""
@@ -251,11 +257,9 @@ def value(headroom: float, ratio: float, tolerance: Tolerance = CERTAIN) -> floa
     """
     if headroom <= 0:
         return 0.0
-    room = _logistic((headroom - tolerance.enough) / tolerance.enough_width)
-    pace = _logistic((tolerance.slow - ratio) / tolerance.slow_width)
     more = 0.03 * (1 - math.exp(-headroom)) + 0.02 * math.exp(-ratio / 4)
-    return 0.65 * min(1.0, headroom) + 0.3 * room * pace + more
+    return 0.65 * min(1.0, headroom) + 0.3 * tolerance.in_time(headroom, ratio) + more
 
 
 def _logistic(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
+    return 0.5 * (1 + math.tanh(x / 2))

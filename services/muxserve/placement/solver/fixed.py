@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from muxserve.placement.solver.capacity import Estimator, Load, Tolerance, value
+from muxserve.placement.solver.capacity import Estimator, Forecast, Load, Tolerance, value
 from muxserve.placement.solver.objective import FAIRNESS, HUNGER, STARVED
 from muxserve.placement.solver.workload import Model
 
@@ -82,13 +82,20 @@ class FixedObjective:
 
     def worth(self, state: Loaded) -> list[float]:
         """Of a request of each model, 0 to 1."""
-        shares = self._shares(state)
         worth = [0.0 if any(i in models for models in state) else ASLEEP for i in range(len(self.models))]
-        for machine, models in enumerate(state):
-            members = tuple((i, shares[i, machine]) for i in sorted(models))
+        for machine, members in enumerate(self._members(state)):
             for (i, parts), each in zip(members, self._on(machine, members), strict=True):
                 worth[i] += each * parts / PARTS
         return worth
+
+    def forecasts(self, state: Loaded) -> list[Forecast]:
+        """Of each machine."""
+        members = self._members(state)
+        return [self._forecast(machine, each) for machine, each in enumerate(members)]
+
+    def ratio(self, model: int, turn: float) -> float:
+        """How many times as long as alone a mean request takes where a token takes a turn."""
+        return self.models[model].output_tokens * turn / self._alone[model]
 
     def score(self, state: Loaded) -> float:
         """The larger the better; in requests per second."""
@@ -97,6 +104,11 @@ class FixedObjective:
         fair = sum(asked * w for asked, w in zip(self._asked, worth, strict=True))
         hungry = sum(a * max(0.0, 1 - w / STARVED) for a, w in zip(self._asked, worth, strict=True))
         return rates + self._usual * (FAIRNESS * fair - HUNGER * hungry)
+
+    def _members(self, state: Loaded) -> list[tuple[tuple[int, int], ...]]:
+        """Of each machine: (model, parts of its requests)."""
+        shares = self._shares(state)
+        return [tuple((i, shares[i, k]) for i in sorted(models)) for k, models in enumerate(state)]
 
     def _shares(self, state: Loaded) -> dict[tuple[int, int], int]:
         """By (model, machine): the parts of a model's requests, of `PARTS`, that come there. Units pull what
@@ -135,19 +147,18 @@ class FixedObjective:
         """Worth of a request of each (model, parts of its requests) on a machine with just these."""
         key = (machine, members)
         if (known := self._worths.get(key)) is None:
-            rates = [(self.models[i], self.models[i].rate * parts / PARTS) for i, parts in members]
-            # Those that nobody asks for are in nobody's way.
-            loads = [Load(model, rate) for model, rate in rates if rate > QUIET]
-            where = self.machines[machine]
-            forecast = where.estimator.forecast_within(loads, 1, where.kv_bytes)
+            forecast = self._forecast(machine, members)
             known = self._worths[key] = [
-                value(forecast.headroom, self._ratio(i, forecast.turn), OBSERVED) for i, _ in members
+                value(forecast.headroom, self.ratio(i, forecast.turn), OBSERVED) for i, _ in members
             ]
         return known
 
-    def _ratio(self, model: int, turn: float) -> float:
-        """How many times as long as alone a mean request takes where a token takes a turn."""
-        return self.models[model].output_tokens * turn / self._alone[model]
+    def _forecast(self, machine: int, members: tuple[tuple[int, int], ...]) -> Forecast:
+        rates = [(self.models[i], self.models[i].rate * parts / PARTS) for i, parts in members]
+        # Those that nobody asks for are in nobody's way.
+        loads = [Load(model, rate) for model, rate in rates if rate > QUIET]
+        where = self.machines[machine]
+        return where.estimator.forecast_within(loads, 1, where.kv_bytes)
 
     def _fastest(self, model: int) -> float:
         """Seconds of a mean request alone on the machine that is fastest with it."""
