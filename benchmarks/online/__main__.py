@@ -1,13 +1,13 @@
 """`python -m benchmarks.online`: popularity flips on two workers of one core each, and models follow.
 
-Six models, skewed by alpha = 2.1; each worker has room for the weights of three. The rate is 0.45 of what
-both workers serve together when flooded, so that the most popular model takes most of one of them, and it
-matters who is there beside it. In the middle of a run the order of popularity is reversed. (Where the model
-that was least popular is beside the most popular one, and nothing else is, the order can be reversed and
-nothing has to be moved: with five models that is the best placement for both.) It is measured how long it
-takes until requests are served within their objective (8 times the time alone) as often as 0.9 of what the
-best static placement for the new popularity does with the same arrivals, and how often they are from the
-45th (`--quick`) or 60th second on:
+Six models, skewed by alpha = 2.1; each worker has room for the weights of three. The rate is half of what
+both workers serve together when flooded: the most popular model takes most of one of them, and it matters who
+is there beside it. In the middle of a run the order of popularity is reversed. (Where the model that was
+least popular is beside the most popular one, and nothing else is, the order can be reversed and nothing has
+to be moved: with five models that is the best placement for both.) It is measured how long it takes until
+requests are served within their objective (8 times the time alone) as often as 0.9 of what the best static
+placement for the new popularity does with the same arrivals, and how often they are from the 45th
+(`--quick`) or 60th second on:
 
 - with rebalancing on;
 - by hand: nothing is moved by itself, an operator calls `muxserve rebalance` ten seconds after the flip and
@@ -17,6 +17,9 @@ The best static placement is the best of several that get the arrivals after the
 not changed: what the advisor came to, the most popular model with the two that are asked for least, models by
 turns, and what there was before the flip, which shows whether anything has to be moved at all. The last line
 is one JSON object.
+
+Both workers are on the same machine: where it is slower for a while, one run has it and another has not. The
+same placement with the same arrivals met 82 and 98% in two runs at six tenths of what is served when flooded.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="within twelve minutes")
+    parser.add_argument("--quick", action="store_true", help="within eleven minutes")
     parser.add_argument("--model", type=Path, help="GGUF file (default: SmolLM2 of the demo)")
     parser.add_argument("--rate", type=float, help="requests per second (default: by what can be served)")
     parser.add_argument("--seed", type=int, default=7)

@@ -36,9 +36,8 @@ class Plan:
 
     models: tuple[str, ...] = ("m0", "m1", "m2", "m3", "m4", "m5")
     alpha: float = 2.1
-    load: float = 0.45
-    """Rate, in parts of what is served when too much arrives: as much as the best static placement serves in
-    time also while the machine is slower."""
+    load: float = 0.5
+    """Rate, in parts of what is served when too much arrives."""
     flood: float = 20.0
     before: float = 90.0
     after: float = 120.0
@@ -72,7 +71,7 @@ class Plan:
 QUICK = Plan(
     flood=10.0,
     before=35.0,
-    after=105.0,
+    after=90.0,
     settled=45.0,
     by_hand_before=12.0,
     width=12.0,

@@ -59,6 +59,7 @@ def _flip(plan: Plan, found: Found, flip: Flip, static: Sequence[Stream]) -> dic
     streams, slo = flip.run.streams, found.slo
     settled = flip.flip + plan.settled
     met_after = judging.part(streams, slo, settled, flip.end)
+    met_static = judging.part(static, slo, plan.settled, plan.after)
 
     def wanted(begin: float, end: float) -> float:
         return RESTORED * judging.part(static, slo, begin - flip.flip, end - flip.flip)
@@ -73,7 +74,7 @@ def _flip(plan: Plan, found: Found, flip: Flip, static: Sequence[Stream]) -> dic
         "met_before": round(judging.part(streams, slo, flip.flip / 2, flip.flip), 4),
         "met_first_seconds": round(judging.part(streams, slo, flip.flip, flip.flip + plan.width), 4),
         "met_after": round(met_after, 4),
-        "met_after_vs_static": round(met_after / judging.part(static, slo, plan.settled, plan.after), 4),
+        "met_after_vs_static": round(met_after / met_static, 4) if met_static else None,
         "goodput_before": round(judging.goodput(streams, slo, flip.flip / 2, flip.flip), 3),
         "goodput_after": round(judging.goodput(streams, slo, settled, flip.end), 3),
         "loads_after_s": [round(at - flip.flip, 1) for at in loads.values() if at >= flip.flip],

@@ -1,7 +1,7 @@
 """`python -m benchmarks.online.forecast`: what the advisor expects of a worker, beside what is in time there.
 
 The six models of `benchmarks.online`, not moved: the most popular one with the two that are asked for
-least, and models by turns, at five loads each. For the worker of the most popular model: headroom and turn
+least, and models by turns, at four loads each. For the worker of the most popular model: headroom and turn
 as the advisor forecasts them from what it observes meanwhile, the part of requests that met their objective,
 and what `OBSERVED`, from which advice follows, makes of the forecast. The table goes to standard output.
 """
@@ -43,9 +43,9 @@ from muxserve.placement.solver.fixed import OBSERVED
 from muxserve.placement.traffic import Traffic
 from muxserve.placement.workers import WorkerCalls
 
-LOADS = (0.4, 0.5, 0.55, 0.6, 0.65)
-SECONDS = 40.0
-SETTLED = 12.0
+LOADS = (0.4, 0.5, 0.55, 0.6)
+SECONDS = 30.0
+SETTLED = 8.0
 """Seconds of a cell after which forecasts and requests count."""
 HORIZON = 120.0
 

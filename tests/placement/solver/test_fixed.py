@@ -8,8 +8,9 @@ import pytest
 
 from muxserve.placement.advisor import Options
 from muxserve.placement.solver.capacity import CERTAIN, Estimator, value
-from muxserve.placement.solver.fixed import OBSERVED, FixedObjective, Machine, Model
+from muxserve.placement.solver.fixed import OBSERVED, FixedObjective, Machine
 from muxserve.placement.solver.machines import Footprint, MachineCosts, ceilings
+from muxserve.placement.solver.workload import Model
 
 SHAPE = Footprint.of(270 * 2**20, 23040, 30)
 SHARES = (0.69, 0.16, 0.07, 0.04, 0.024, 0.016)
