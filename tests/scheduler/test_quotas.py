@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from muxserve.scheduler.policy.interface import ModelSnapshot
@@ -41,6 +41,7 @@ def test_adaptation_keeps_the_sum_and_takes_from_nobody_what_it_needs(
     st.integers(1000, 100_000),
     st.floats(0, 1),
 )
+@example([(2, 1, 5e-324, 0)], 1000, 0.0)
 def test_initial_quotas_fit_the_arena_and_keep_the_floor(
     shapes: list[tuple[int, int, float, int]], total: int, min_share: float
 ) -> None:

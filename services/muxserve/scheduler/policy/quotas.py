@@ -25,9 +25,8 @@ def initial(models: Sequence[ModelSnapshot], total: int, min_share: float) -> di
     pinned = {m.model: m.pinned_quota for m in models if m.pinned_quota}
     others = [m for m in models if not m.pinned_quota]
     rest = max(0, total - sum(pinned.values()))
-    known = [m.rate for m in others if m.rate > 0]
-    usual = sum(known) / len(known) if known else 1.0
-    weight = {m.model: (m.rate or usual) * m.blocks_per_span / m.tokens_per_block for m in others}
+    popularity = _popularity(others)
+    weight = {m.model: popularity[m.model] * m.blocks_per_span / m.tokens_per_block for m in others}
     least = floor(len(others), rest, min_share)
     spread = rest - least * len(others)
     shared = {name: least + int(spread * w / sum(weight.values())) for name, w in weight.items()}
@@ -45,13 +44,18 @@ def in_force(models: Sequence[ModelSnapshot], total: int, min_share: float) -> t
 def compute_parts(models: Sequence[ModelSnapshot], min_share: float) -> dict[str, float]:
     """Parts of the device's time, which add up to 1, proportional to rate (equal where none is known), with
     the same floor as quotas have."""
-    known = [m.rate for m in models if m.rate > 0]
-    usual = sum(known) / len(known) if known else 1.0
-    weight = {m.model: m.rate or usual for m in models}
+    weight = _popularity(models)
     least = min_share / max(1, len(models))
     return {
         name: least + (1 - least * len(models)) * each / sum(weight.values()) for name, each in weight.items()
     }
+
+
+def _popularity(models: Sequence[ModelSnapshot]) -> dict[str, float]:
+    """Rates in multiples of their mean, however small they are; 1 where none is known."""
+    known = [m.rate for m in models if m.rate > 0]
+    usual = sum(known) / len(known) if known else 1.0
+    return {m.model: m.rate / usual if m.rate > 0 else 1.0 for m in models}
 
 
 def adapted(
