@@ -124,9 +124,8 @@ class Traffic:
         series.latest.add(total - before, elapsed)
         if series.burst is not None:
             series.burst.add(total - before, elapsed)
-        usual = series.slow.value
-        if self._judge(series):
-            self._doubt_others(series, abs(series.slow.value - usual))
+        if self._lasts(series):
+            self._believe(series)
 
     def lengths(self, model: str, source: str, now: float, counters: Lengths) -> None:
         """What `source` has counted so far. Counters that fell have begun again."""
@@ -149,9 +148,7 @@ class Traffic:
         other = deepcopy(self)
         for series in other._models.values():
             if series.burst is not None:
-                usual = series.slow.value
-                _renew(series, series.burst)
-                other._doubt_others(series, abs(series.slow.value - usual))
+                other._believe(series)
         return other
 
     def flow(self, model: str) -> Flow:
@@ -178,16 +175,18 @@ class Traffic:
             self._models[model] = _Series(slow, fast, _Rate(LAST), now, now, measured=now)
         return self._models[model]
 
-    def _doubt_others(self, series: _Series, change: float) -> None:
-        """The rate of `series` has changed by so much."""
-        if change >= SHIFT * sum(other.slow.value for other in self._models.values()):
+    def _believe(self, series: _Series) -> None:
+        """Its burst is its rate now, and if that is much of all requests, other rates are doubted."""
+        usual = series.slow.value
+        _renew(series)
+        if abs(series.slow.value - usual) >= SHIFT * sum(other.slow.value for other in self._models.values()):
             for other in self._models.values():
                 if other is not series:
                     _doubt(other)
 
     @staticmethod
-    def _judge(series: _Series) -> bool:
-        """Notice a burst and its end; whether it has become the rate now."""
+    def _lasts(series: _Series) -> bool:
+        """Notice a burst and its end; whether it has lasted so long that it is the rate now."""
         distance = abs(deviation(series.fast.value, series.slow.value, 2 * series.fast.seconds))
         if series.burst is None:
             if distance >= ALARM:
@@ -196,9 +195,8 @@ class Traffic:
             series.burst = None
         elif series.burst.seconds >= PATIENCE * 0.95:  # weighted: a little less than those that passed
             height = series.burst.value - series.slow.value
-            if abs(height) <= (series.latest.value - series.slow.value) / LASTING * math.copysign(1, height):
-                _renew(series, series.burst)
-                return True
+            left = (series.latest.value - series.slow.value) * math.copysign(1, height)
+            return abs(height) <= left / LASTING
         return False
 
 
@@ -206,17 +204,18 @@ def _doubt(series: _Series) -> None:
     """Popularity has changed, and perhaps that of this model, too: the last seconds count as much as all that
     was before them, and what is a burst is the new rate."""
     if series.burst is not None:
-        _renew(series, series.burst)
+        _renew(series)
         return
     weight = min(series.slow.seconds, DOUBTED)
     before = series.slow.value * weight
     series.slow = _Rate(SLOW, before + series.fast.events, weight + series.fast.seconds)
 
 
-def _renew(series: _Series, burst: _Rate) -> None:
+def _renew(series: _Series) -> None:
     """A burst is the rate now. A moment of the rate before, of one request at most, counts with it: some
     seconds in which nothing comes do not say that nothing will come."""
-    before = series.slow.value
+    before, burst = series.slow.value, series.burst
+    assert burst is not None
     seconds = min(MOMENT, 1 / before) if before else 0.0
     series.slow = _Rate(SLOW, burst.events + before * seconds, burst.seconds + seconds)
     series.burst = None
